@@ -1,0 +1,198 @@
+"""The 4-bit formats as data, and the plain-torch reference that rounds to them.
+
+A format is a set of sixteen element values (E2M1 or INT4), a block of weights that share one scale, and a grid of scales that
+can be stored (E4M3, E8M0, bfloat16).  NVFP4 adds one fp32 `tensor_scale` per tensor:
+
+    w = value(code) · scale · tensor_scale
+
+`tensor_scale` defaults to a power of two.  Then dividing by it is exact, a bfloat16 weight meets a rounding midpoint or it does
+not, and Q = code · scale · tensor_scale has at most six significant bits: exact in bfloat16, whatever the order of the products.
+
+Sources: OCP Microscaling Formats v1.0 (E2M1, E8M0, MXFP4); NVIDIA's NVFP4 (E4M3 scale for 16 weights, fp32 tensor scale).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def round_e2m1(x: Tensor) -> Tensor:
+    """Nearest of 0, .5, 1, 1.5, 2, 3, 4, 6 with the sign of x; ties to the even mantissa; beyond 6 saturates."""
+    magnitude = x.abs().clamp(max=6.0)
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0)).to(x.dtype)
+    return torch.copysign((magnitude / step).round() * step, x)
+
+
+def round_int4(x: Tensor) -> Tensor:
+    """Nearest integer in [-8, 7], ties to even."""
+    return x.round().clamp(-8, 7)
+
+
+def encode_e2m1(values: Tensor) -> Tensor:
+    """Codes (uint8) of E2M1 values: bit 3 is the sign, bits 0-2 the rank of the magnitude.  Negative zero becomes code 0."""
+    magnitudes = torch.tensor(E2M1_MAGNITUDES, dtype=values.dtype, device=values.device)
+    rank = torch.bucketize(values.abs().contiguous(), magnitudes).to(torch.uint8)
+    return rank + 8 * (values < 0).to(torch.uint8)
+
+
+def encode_int4(values: Tensor) -> Tensor:
+    """Codes (uint8) of the integers -8 … 7: the integer plus 8."""
+    return (values + 8).to(torch.uint8)
+
+
+E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Sixteen values and how a scaled weight becomes one of them.
+
+    `saturation`: no value is larger in magnitude.  `dead_zone`: magnitudes up to here round to 0.
+    `halving_range`: for |x| ≤ halving_range · s the grid of scale s/2 is at least as close to x as that of s (every value of
+    the coarse grid within reach is also a value of the fine one).
+    """
+
+    name: str
+    values: tuple[float, ...]
+    round: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor]
+    saturation: float
+    dead_zone: float
+    halving_range: float
+
+
+E2M1 = Elements(
+    "e2m1",
+    values=E2M1_MAGNITUDES + tuple(-m for m in E2M1_MAGNITUDES),
+    round=round_e2m1,
+    encode=encode_e2m1,
+    saturation=6.0,
+    dead_zone=0.25,
+    halving_range=3.0,
+)
+INT4 = Elements(
+    "int4",
+    values=tuple(float(i) for i in range(-8, 8)),
+    round=round_int4,
+    encode=encode_int4,
+    saturation=8.0,
+    dead_zone=0.5,
+    halving_range=3.5,
+)
+
+
+@dataclass(frozen=True)
+class ScaleGrid:
+    """The positive scales that can be stored, ascending; the scale of rank i has the stored integer `first_code` + i.
+
+    `halves_from`: every scale from here up has its half on the grid.  `stride`: a search tries every stride-th scale, counted
+    from the absmax one; 1 is exhaustive.
+    """
+
+    dtype: torch.dtype
+    first_code: int
+    count: int
+    halves_from: float
+    stride: int = 1
+
+
+E4M3 = ScaleGrid(torch.float8_e4m3fn, first_code=1, count=126, halves_from=2.0**-5)
+# 2^-127 (code 0) is subnormal in fp32, which GPUs flush; code 255 is NaN.
+E8M0 = ScaleGrid(torch.uint8, first_code=1, count=254, halves_from=2.0**-125)
+# Normal bfloat16 numbers.  Thirty-two candidates an octave, 2.2 % apart, are as fine as INT4's usual shrink grids.
+BF16 = ScaleGrid(torch.bfloat16, first_code=0x0080, count=0x7F80 - 0x0080, halves_from=2.0**-125, stride=4)
+
+
+@lru_cache(maxsize=32)
+def scale_values(grid: ScaleGrid, device: torch.device) -> Tensor:
+    """The scales of `grid`, ascending (count,) float32."""
+    codes = torch.arange(grid.first_code, grid.first_code + grid.count, device=device)
+    return decode_scales(codes, grid)
+
+
+def decode_scales(codes: Tensor, grid: ScaleGrid) -> Tensor:
+    """Stored integers -> scales, float32."""
+    if grid.dtype == torch.uint8:
+        return (codes.to(torch.int32) << 23).view(torch.float32)
+    integers = torch.uint8 if grid.dtype.itemsize == 1 else torch.int16
+    return codes.to(integers).view(grid.dtype).float()
+
+
+def encode_scales(scales: Tensor, grid: ScaleGrid) -> Tensor:
+    """Scales (on the grid, float32) -> what a checkpoint stores, in `grid.dtype`.  Exact."""
+    if grid.dtype == torch.uint8:
+        return (scales.view(torch.int32) >> 23).to(torch.uint8)
+    return scales.to(grid.dtype)
+
+
+def nearest_e4m3(amax: Tensor) -> Tensor:
+    """amax / 6 rounded to the nearest positive E4M3 value, at least 2⁻⁹, at most 448."""
+    return (amax / 6).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn).float()
+
+
+def floor_exponent(amax: Tensor) -> Tensor:
+    """2^(⌊log2 amax⌋ - 2), the rule of OCP MX v1.0 §6.3: magnitudes above 6 · scale saturate."""
+    exponent = torch.frexp(amax.float().clamp(2.0**-126)).exponent - 3
+    return torch.ldexp(torch.ones_like(amax, dtype=torch.float32), exponent.clamp(-126, 127))
+
+
+def round_exponent(amax: Tensor) -> Tensor:
+    """As `floor_exponent`, but one binade up where amax has a mantissa of 1.75 or more, as compressed-tensors does."""
+    mantissa, exponent = torch.frexp(amax.float().clamp(2.0**-126))
+    exponent = exponent - 3 + (mantissa >= 0.875).to(exponent.dtype)
+    return torch.ldexp(torch.ones_like(amax, dtype=torch.float32), exponent.clamp(-126, 127))
+
+
+def nearest_bf16(amax: Tensor) -> Tensor:
+    """amax / 7.5 rounded to bfloat16, at least the smallest normal number."""
+    return (amax / 7.5).clamp(2.0**-126).to(torch.bfloat16).float()
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight is stored: `block` consecutive weights share one scale.  `absmax` maps a block's largest magnitude to a
+    scale; `scheme` is the name of the layout in a compressed-tensors checkpoint."""
+
+    name: str
+    block: int
+    elements: Elements
+    grid: ScaleGrid
+    absmax: Callable[[Tensor], Tensor]
+    tensor_scale: bool
+    scheme: str
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 4 + 8 * self.grid.dtype.itemsize / self.block
+
+
+NVFP4 = Format("nvfp4", 16, E2M1, E4M3, nearest_e4m3, True, "nvfp4-pack-quantized")
+MXFP4 = Format("mxfp4", 32, E2M1, E8M0, floor_exponent, False, "mxfp4-pack-quantized")
+MXFP4_ROUND = Format("mxfp4-round", 32, E2M1, E8M0, round_exponent, False, "mxfp4-pack-quantized")
+INT4_G128 = Format("int4", 128, INT4, BF16, nearest_bf16, False, "pack-quantized")
+
+FORMATS = {format.name: format for format in (NVFP4, MXFP4, MXFP4_ROUND, INT4_G128)}
+
+
+def get_format(name: str) -> Format:
+    """The format of that name.  Raises ValueError that lists them."""
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}; there are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def choose_tensor_scale(W: Tensor, format: Format) -> Tensor:
+    """The fp32 factor of W (0-d): the smallest power of two with max|W| ≤ 6 · 448 · tensor_scale; 1 where the format has none.
+
+    A power of two loses at most one of the fifteen binades of E4M3 at the small end and makes every product exact.
+    """
+    one = torch.ones((), dtype=torch.float32, device=W.device)
+    if not format.tensor_scale:
+        return one
+    largest = format.elements.saturation * scale_values(format.grid, W.device)[-1]
+    mantissa, exponent = torch.frexp(W.abs().amax().float() / largest)
+    exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
+    return torch.where(mantissa > 0, torch.ldexp(one, exponent.clamp(-100, 100)), one)

@@ -1,0 +1,80 @@
+"""The Hessian of a linear layer's output error, and the factor GPTQ works with.
+
+H = mean over calibration tokens of x xᵀ.  "Hessian" is the field's word; the true one is twice this.  Sums are float32.
+"""
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+class NotPositiveDefiniteError(ValueError):
+    """H + damping has no Cholesky factor."""
+
+
+def add_full(H: Tensor, X: Tensor) -> None:
+    """H (d_in, d_in) += Xᵀ X, in place.  X (tokens, d_in), any float dtype."""
+    X = X.to(H.dtype)
+    H.addmm_(X.T, X)
+
+
+def add_blocks(H: Tensor, X: Tensor) -> None:
+    """H (d_in/block, block, block) += the diagonal blocks of Xᵀ X, in place, by one batched matmul.  X (tokens, d_in)."""
+    X = rearrange(X.to(H.dtype), "t (b k) -> b t k", k=H.shape[-1])
+    H.baddbmm_(X.mT, X)
+
+
+class Hessian:
+    """Running mean of x xᵀ: the whole matrix, or with `block` its diagonal blocks only.  Any split of the stream will do."""
+
+    def __init__(self, d_in: int, *, block: int | None = None, device: torch.device | str = "cpu"):
+        shape = (d_in, d_in) if block is None else (d_in // block, block, block)
+        self.sum = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.tokens = 0
+        self._add: Callable[[Tensor, Tensor], None] = add_full if block is None else add_blocks
+
+    def add(self, X: Tensor) -> None:
+        """Add tokens X (..., d_in)."""
+        X = X.flatten(0, -2)
+        self._add(self.sum, X)
+        self.tokens += X.shape[0]
+
+    def mean(self) -> Tensor:
+        """H.  Raises ValueError where no token came or where an activation was not finite."""
+        if not self.tokens:
+            raise ValueError("no calibration tokens arrived")
+        diagonal = self.sum.diagonal(dim1=-2, dim2=-1)
+        if not diagonal.isfinite().all():
+            columns = (~diagonal.flatten().isfinite()).nonzero().flatten().tolist()
+            raise ValueError(f"non-finite activations in {len(columns)} input columns, the first {columns[0]}")
+        return self.sum / self.tokens
+
+
+def block_diagonal(H: Tensor, block: int) -> Tensor:
+    """The diagonal blocks (d_in/block, block, block) of H (d_in, d_in)."""
+    blocks = rearrange(H, "(a i) (b j) -> a b i j", i=block, j=block)
+    return blocks.diagonal(dim1=0, dim2=1).permute(2, 0, 1).contiguous()
+
+
+def damped(H: Tensor, damp: float) -> Tensor:
+    """H + damp · mean(diag H) · I.  H (d_in, d_in), or diagonal blocks (b, k, k), whose mean is over all blocks."""
+    amount = damp * H.diagonal(dim1=-2, dim2=-1).mean()
+    return H + amount * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+
+
+def inverse_factor(A: Tensor) -> Tensor:
+    """U, upper triangular with A⁻¹ = Uᵀ U.  A (d_in, d_in) symmetric positive definite, in A's dtype.
+
+    One Cholesky of the reversed matrix and one triangular solve, U = flip(inv(chol(flip A))), instead of Cholesky, inverse and
+    Cholesky again.  Raises NotPositiveDefiniteError with the pivot that failed.
+    """
+    L, info = torch.linalg.cholesky_ex(A.flip(0, 1))
+    if int(info) or not L.diagonal().isfinite().all():
+        pivot = A.shape[0] - int(info)
+        raise NotPositiveDefiniteError(
+            f"H + damping is not positive definite (pivot {pivot} of {A.shape[0]}); more calibration tokens or more damping help"
+        )
+    identity = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
+    return torch.linalg.solve_triangular(L, identity, upper=False).flip(0, 1)

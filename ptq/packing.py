@@ -1,0 +1,55 @@
+"""Codes and scales of one quantized weight, and two codes a byte."""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ptq.formats import Format
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight in 4 bits.
+
+    codes (d_out, d_in) uint8, 0 … 15.  scales (d_out, d_in / block) float32, on the format's grid.  tensor_scale () float32.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    tensor_scale: Tensor
+    format: Format
+
+    def dequantize(self) -> Tensor:
+        """Q (d_out, d_in) float32 = value(code) · (scale · tensor_scale)."""
+        table = torch.tensor(self.format.elements.values, device=self.codes.device)
+        values = rearrange(table[self.codes.int()], "... (b k) -> ... b k", k=self.format.block)
+        return rearrange(values * (self.scales * self.tensor_scale)[..., None], "... b k -> ... (b k)")
+
+    def rows(self, start: int, stop: int) -> "Quantized":
+        """Output rows start … stop - 1, sharing the tensor_scale."""
+        return Quantized(self.codes[start:stop], self.scales[start:stop], self.tensor_scale, self.format)
+
+    def to(self, device: torch.device | str) -> "Quantized":
+        return Quantized(self.codes.to(device), self.scales.to(device), self.tensor_scale.to(device), self.format)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes (..., n) -> bytes (..., n/2): even columns in the low nibble, odd columns in the high one."""
+    if codes.shape[-1] % 2:
+        raise ValueError(f"cannot pack an odd number of codes: shape {tuple(codes.shape)}")
+    pairs = rearrange(codes, "... (n two) -> ... n two", two=2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse of `pack`."""
+    return rearrange(torch.stack((packed & 15, packed >> 4), dim=-1), "... n two -> ... (n two)")
+
+
+def pack_int32(codes: Tensor) -> Tensor:
+    """Codes (..., n) -> int32 (..., n/8): eight codes a word, the first in the lowest nibble."""
+    if codes.shape[-1] % 8:
+        raise ValueError(f"cannot pack a number of codes that 8 does not divide: shape {tuple(codes.shape)}")
+    return pack(codes).contiguous().view(torch.int32)
