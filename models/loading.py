@@ -1,0 +1,56 @@
+"""A model and its tokenizer from a local folder, a hub id or a GGUF file."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ptq.models.llama import check_family
+
+
+def load_model(
+    source: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model in eval mode, tokenizer).  dtype None: as stored; for a GGUF file, float32.
+
+    Raises ValueError, before weights are read, for a source that is not there, an unsupported model type and a model that is
+    quantized already.
+    """
+    where, extra = locate(source)
+    try:
+        config = AutoConfig.from_pretrained(where, **extra)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
+    check_family(config, source)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{source} is quantized already ({config.quantization_config.get('quant_method')}); give the original")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **extra)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} has no tokenizer that loads: {str(error).splitlines()[0]}") from None
+    weights = dict(extra)
+    if "gguf_file" in extra and hasattr(transformers, "GgufConfig"):
+        weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    dtype = dtype or (torch.float32 if "gguf_file" in extra else "auto")  # type: ignore[assignment]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation="sdpa", **weights)
+    except OSError as error:
+        raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def locate(source: str) -> tuple[str, dict[str, str]]:
+    """(folder or hub id, extra arguments of from_pretrained)."""
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{source}: no such GGUF file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{source} holds no config.json; give a model folder, a .gguf file or a hub id")
+        return str(path), {}
+    if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise ValueError(f"{source}: no such folder; give a model folder, a .gguf file or a hub id")
+    return source, {}

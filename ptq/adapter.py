@@ -1,0 +1,25 @@
+"""What the runner needs to know of a model; models/ implements it, one file per family of architectures."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Adapter(Protocol):
+    """A model as a chain of layers.  Layers come one by one, so an adapter may read each from disk when it is asked for."""
+
+    stages: tuple[tuple[str, ...], ...]
+    """Names inside a layer of the linears that read the same input, in the order they run."""
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids (n, length) -> the first layer's input (n, length, d)."""
+        ...
+
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """(full name, module) of each layer, first to last."""
+        ...
+
+    def forward(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """The layer's output (n, length, d) for input `hidden`."""
+        ...

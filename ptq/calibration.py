@@ -1,0 +1,111 @@
+"""Text in, token windows out; for calibration and for evaluation alike.
+
+A source is a file (.jsonl or .jsonl.gz with a "text" field a line, or plain text, also gzipped), a Hugging Face dataset id, or
+`builtin`: the language reference that every Python carries (pydoc_data.topics), of which one topic in four is set aside as
+`builtin-heldout`.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HUB_DOCUMENTS = 4096
+HELD_OUT = "builtin-heldout"
+
+
+def read_documents(source: str) -> list[str]:
+    """The documents of a source.  Raises ValueError that names the file (and the line) and says what is wrong."""
+    if source in ("builtin", HELD_OUT):
+        return builtin_documents(held_out=source == HELD_OUT)
+    path = Path(source).expanduser()
+    if path.is_file():
+        documents = list(read_jsonl(path) if ".jsonl" in path.suffixes else [read_text(path)])
+    elif path.exists() or path.suffix or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        kind = "a folder" if path.is_dir() else "not there"
+        raise ValueError(f"text {source!r} is {kind}; give a .txt, .jsonl or .jsonl.gz file, a dataset id, or 'builtin'")
+    else:
+        documents = hub_documents(source)
+    documents = [text for text in documents if text.strip()]
+    if not documents:
+        raise ValueError(f"text {source!r} is empty")
+    return documents
+
+
+def builtin_documents(*, held_out: bool) -> list[str]:
+    """Python's language reference by topic, the topics in a fixed pseudo-random order.  Paragraphs that stand in both halves
+    (the reference repeats itself) are left out of the held-out one."""
+    from pydoc_data.topics import topics
+
+    order = sorted(topics, key=lambda name: zlib.crc32(name.encode()))
+    calibration = [topics[name] for i, name in enumerate(order) if i % 4]
+    if not held_out:
+        return calibration
+    seen = {paragraph for text in calibration for paragraph in text.split("\n\n")}
+    rest = (topics[name].split("\n\n") for i, name in enumerate(order) if not i % 4)
+    return ["\n\n".join(p for p in paragraphs if p not in seen) for paragraphs in rest]
+
+
+def read_text(path: Path) -> str:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return raw.decode("utf-8")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
+
+
+def read_jsonl(path: Path) -> Iterator[str]:
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise ValueError(f'{path}, line {number}: no field "text" with a string')
+        yield record["text"]
+
+
+def hub_documents(name: str) -> list[str]:
+    """The first documents of a dataset's train split, streamed."""
+    from datasets import load_dataset
+
+    try:
+        stream = load_dataset(name, split="train", streaming=True)
+        return [row["text"] for row in islice(stream, HUB_DOCUMENTS)]
+    except KeyError:
+        raise ValueError(f'dataset {name!r} has no column "text"') from None
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"text {name!r} is no file here, and as a dataset id it cannot be loaded: {reason}") from None
+
+
+def all_windows(encode: Callable[[str], list[int]], documents: list[str], length: int, source: str) -> Tensor:
+    """All non-overlapping windows (n, length) of the documents' tokens, joined in order.
+
+    `encode` turns a text into token ids.  Raises ValueError where there is not one window.
+    """
+    tokens = [token for text in documents for token in encode(text)]
+    count = len(tokens) // length
+    if not count:
+        raise ValueError(f"text {source!r} has {len(tokens)} tokens, too few for one window of {length}")
+    return torch.tensor(tokens[: count * length]).view(count, length)
+
+
+def sample_windows(windows: Tensor, count: int, seed: int, source: str) -> Tensor:
+    """`count` of the windows (n, length), drawn without replacement.  Raises ValueError where there are fewer."""
+    if len(windows) < count:
+        raise ValueError(
+            f"text {source!r} gives {len(windows)} sequences of {windows.shape[1]} tokens, fewer than the {count} asked for; "
+            "give more text, or ask for fewer or shorter sequences"
+        )
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:count]]

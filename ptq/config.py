@@ -1,0 +1,33 @@
+"""What to do to a model: one frozen record, checked when it is made."""
+
+from dataclasses import dataclass, field
+
+from ptq.formats import NVFP4, Format
+from ptq.methods import METHODS
+from ptq.scales import RULES
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """`rule`: how block scales are chosen.  `damp`: relative to mean(diag H).  `ignore`: linears left alone, by full name or by
+    `re:PATTERN` matched from the start of the name.  Raises ValueError for settings that do not fit."""
+
+    format: Format = NVFP4
+    method: str = "gptq"
+    rule: str = "local"
+    damp: float = 0.01
+    ignore: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}; there are {', '.join(METHODS)}")
+        if self.rule not in RULES:
+            raise ValueError(f"unknown scale rule {self.rule!r}; there are {', '.join(RULES)}")
+        if self.method == "rtn" and self.rule in ("schur", "joint"):
+            raise ValueError(f"scale rule {self.rule!r} follows GPTQ's error feedback, which method rtn has none of; try local")
+        if not self.damp > 0:
+            raise ValueError(f"damp must be positive, not {self.damp}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.method == "gptq" or self.rule == "local"

@@ -1,0 +1,97 @@
+"""Everything about a model that can be known to fail is found here, before any long work."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ptq.adapter import Adapter
+from ptq.config import QuantConfig
+from ptq.formats import Format
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`linears`: full name -> shape of each linear to be quantized.  `ignored`: full names of those left alone."""
+
+    linears: dict[str, tuple[int, int]]
+    ignored: tuple[str, ...]
+
+    @property
+    def weights(self) -> int:
+        return sum(d_out * d_in for d_out, d_in in self.linears.values())
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """True where `name` equals a pattern or matches a `re:` pattern from its start (the rule of compressed-tensors)."""
+    return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
+
+
+def make_plan(adapter: Adapter, config: QuantConfig) -> Plan:
+    """The linears to quantize.  Raises ValueError that names the linear and the remedy for: a shape the block does not divide, a
+    non-finite weight, a module that is no nn.Linear, an ignore pattern that matches nothing or splits a stage."""
+    linears: dict[str, tuple[int, int]] = {}
+    ignored: list[str] = []
+    for prefix, layer in adapter.layers():
+        for stage in adapter.stages:
+            names = [f"{prefix}.{name}" for name in stage]
+            left_alone = [name for name in names if matches(name, config.ignore)]
+            if left_alone and len(left_alone) < len(names):
+                raise ValueError(
+                    f"--ignore leaves {left_alone[0]} alone but not {next(n for n in names if n not in left_alone)}; serving "
+                    f"engines fuse {', '.join(stage)} and need one scheme for all: ignore all of them or none"
+                )
+            ignored += left_alone
+            if not left_alone:
+                linears |= {full: check_linear(full, layer.get_submodule(name)) for full, name in zip(names, stage, strict=True)}
+    for pattern in config.ignore:
+        if not any(matches(name, [pattern]) for name in ignored):
+            raise ValueError(f"--ignore {pattern!r} matches no linear; names look like {next(iter(linears), '(none)')}")
+    check_blocks(linears, config.format)
+    if not linears:
+        raise ValueError("--ignore leaves nothing to quantize")
+    return Plan(linears, tuple(ignored))
+
+
+def check_linear(name: str, module: nn.Module) -> tuple[int, int]:
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{name} is a {type(module).__name__}; only nn.Linear can be quantized")
+    check_finite(name, module.weight)
+    return module.out_features, module.in_features
+
+
+def check_finite(name: str, W: Tensor) -> None:
+    bad = ~torch.isfinite(W.detach())
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}.weight holds {int(bad.sum())} non-finite values, the first at [{row}, {column}]; the checkpoint is damaged"
+        )
+
+
+def check_blocks(linears: dict[str, tuple[int, int]], format: Format) -> None:
+    misfits = {name: shape for name, shape in linears.items() if shape[1] % format.block}
+    if not misfits:
+        return
+    name, (_, d_in) = next(iter(misfits.items()))
+    tails = sorted({name.split(".layers.")[-1].split(".", 1)[-1] for name in misfits})
+    ignore = " ".join(f"'re:.*\\.{re.escape(tail)}$'" for tail in tails)
+    smaller = [b for b in (64, 32) if format.block > b and all(shape[1] % b == 0 for shape in linears.values())]
+    remedy = f"--block {smaller[0]}, or " if smaller and not format.elements.halving_range == 3.0 else ""
+    raise ValueError(
+        f"{name} has {d_in} input columns, which blocks of {format.block} do not divide ({len(misfits)} such linears); "
+        f"use {remedy}--ignore {ignore}"
+    )
+
+
+def with_block(format: Format, block: int | None) -> Format:
+    """`format` with another block size.  Raises ValueError where checkpoints of that size cannot exist."""
+    if block is None or block == format.block:
+        return format
+    if format.grid.stride == 1:
+        raise ValueError(f"{format.name} checkpoints have blocks of {format.block}; --block {block} is for int4")
+    if block not in (32, 64, 128, 256):
+        raise ValueError(f"--block {block}: int4 checkpoints have blocks of 32, 64, 128 or 256")
+    return replace(format, block=block)
