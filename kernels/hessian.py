@@ -1,0 +1,115 @@
+"""Hessians and GPTQ's factor on the GPU.  The references are in ptq.hessian."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ptq.hessian import NotPositiveDefiniteError
+
+COLUMNS_PER_PROGRAM = 64
+TOKENS_PER_PROGRAM = 1024
+TOKENS_PER_STEP = 64
+
+
+@triton.jit
+def block_hessian_kernel(
+    x_ptr, out_ptr, tokens, columns, row_stride, column_stride,
+    K: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """out[split] gets the diagonal K × K blocks of Xᵀ X over SPAN tokens, for COLUMNS columns.
+
+    Whole COLUMNS × COLUMNS products are formed and only their diagonal blocks kept: the matrix units have the room, and the
+    reads of X are 128 bytes wide.
+    """
+    split = tl.program_id(1)
+    c = tl.arange(0, COLUMNS)
+    column = tl.program_id(0) * COLUMNS + c
+    total = tl.zeros([COLUMNS, COLUMNS], tl.float32)
+    for first in range(split * SPAN, tl.minimum(split * SPAN + SPAN, tokens), STEP):
+        t = first + tl.arange(0, STEP)
+        pointers = x_ptr + t.to(tl.int64)[:, None] * row_stride + column[None, :] * column_stride
+        x = tl.load(pointers, mask=(t < tokens)[:, None] & (column < columns)[None, :], other=0.0)
+        if WIDEN:
+            x = x.to(tl.float32)
+        total = tl.dot(tl.trans(x), x, total, input_precision="ieee")
+    place = split.to(tl.int64) * columns * K + column[:, None] * K + c[None, :] % K
+    own = (c[:, None] // K == c[None, :] // K) & (column < columns)[:, None]
+    tl.store(out_ptr + place, total, mask=own)
+
+
+def block_hessian(X: Tensor, block: int) -> Tensor:
+    """The diagonal blocks (d/block, block, block) float32 of Xᵀ X; X (tokens, d) bfloat16, float16 or float32, read once.
+
+    Products of 16-bit inputs are exact in float32 and sums are float32, over runs of tokens that are then added: deterministic.
+    Raises ValueError where the block does not divide d.
+    """
+    tokens, columns = X.shape
+    if columns % block:
+        raise ValueError(f"{columns} input columns do not divide into blocks of {block}")
+    splits = max(1, triton.cdiv(tokens, TOKENS_PER_PROGRAM))
+    out = torch.empty((splits, columns // block, block, block), dtype=torch.float32, device=X.device)
+    block_hessian_kernel[(triton.cdiv(columns, COLUMNS_PER_PROGRAM), splits)](
+        X, out, tokens, columns, X.stride(0), X.stride(1), K=block, COLUMNS=COLUMNS_PER_PROGRAM, SPAN=TOKENS_PER_PROGRAM,
+        STEP=TOKENS_PER_STEP, WIDEN=not X.is_cuda,  # Triton's interpreter multiplies bfloat16 wrongly
+        num_warps=4,
+    )  # fmt: skip
+    return out.sum(0)
+
+
+def add_full(H: Tensor, X: Tensor) -> None:
+    """H (d, d) float32 += Xᵀ X, in place.  X (tokens, d) bfloat16 or float16 on a GPU: 16-bit products, float32 sums."""
+    torch.addmm(H, X.T, X, out_dtype=torch.float32, out=H)
+
+
+def inverse_lower(L: Tensor, smallest: int = 1024) -> Tensor:
+    """L⁻¹ of a lower triangular L (n, n), by halves:  [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [-C⁻¹ B A⁻¹, C⁻¹]].
+
+    Nearly all of it is matmul, which a GPU does at several times the speed of a triangular solve.
+    """
+    out = torch.zeros_like(L, memory_format=torch.contiguous_format)
+    invert_lower_into(L, out, smallest)
+    return out
+
+
+def invert_lower_into(L: Tensor, out: Tensor, smallest: int) -> None:
+    n = L.shape[0]
+    if n <= smallest:
+        identity = torch.eye(n, dtype=L.dtype, device=L.device)
+        out.copy_(torch.linalg.solve_triangular(L, identity, upper=False))
+        return
+    half = (n // 2 + 127) // 128 * 128
+    invert_lower_into(L[:half, :half], out[:half, :half], smallest)
+    invert_lower_into(L[half:, half:], out[half:, half:], smallest)
+    left = multiply_by_lower(L[half:, :half], out[:half, :half], smallest)
+    lower_multiply_into(out[half:, half:], left, out[half:, :half], smallest)
+
+
+def multiply_by_lower(B: Tensor, A: Tensor, strip: int) -> Tensor:
+    """B A for a lower triangular A, without most of the products with its zeros."""
+    out = torch.empty_like(B, memory_format=torch.contiguous_format)
+    for first in range(0, A.shape[0], strip):
+        last = first + strip
+        torch.mm(B[:, first:], A[first:, first:last], out=out[:, first:last])
+    return out
+
+
+def lower_multiply_into(C: Tensor, B: Tensor, out: Tensor, strip: int) -> None:
+    """out = -C B for a lower triangular C, without most of the products with its zeros."""
+    for first in range(0, C.shape[0], strip):
+        last = first + strip
+        out[first:last].addmm_(C[first:last, :last], B[:last], beta=0, alpha=-1)
+
+
+def inverse_factor(A: Tensor) -> Tensor:
+    """U, upper triangular with A⁻¹ = Uᵀ U, as ptq.hessian.inverse_factor: the inverse of the reversed Cholesky factor by halves.
+
+    A (n, n) symmetric positive definite.  Raises NotPositiveDefiniteError with the pivot that failed.
+    """
+    L, info = torch.linalg.cholesky_ex(A.flip(0, 1))
+    if int(info) or not L.diagonal().isfinite().all():
+        pivot = A.shape[0] - int(info)
+        raise NotPositiveDefiniteError(
+            f"H + damping is not positive definite (pivot {pivot} of {A.shape[0]}); more calibration tokens or more damping help"
+        )
+    return inverse_lower(L).flip(0, 1)

@@ -1,0 +1,274 @@
+"""GPTQ on the GPU: a panel of columns in one launch, scales chosen in the loop.
+
+The reference is ptq.methods.gptq.sweep_panel.  A program owns a few rows and walks over the panel's blocks.  Its threads form a
+grid of rows × candidates: each keeps a row's 16 weights and evaluates the loss of one candidate scale (for `joint` the whole
+recursion inside the block), the smallest loss of a row wins, the smaller scale on a tie.  The recursion then runs once more for
+the winner and pushes its errors onto the panel's later blocks; columns after the panel are the caller's, one large matmul.
+
+Scales are tried in chunks upwards, from a few below the smallest that clips nothing to the first that makes every code 0 (all
+larger ones tie with it), then downwards to where clipping alone loses to the best loss L, s < (|x_i| - √(L (M⁻¹)_ii)) / 6 with
+M = (UᵀU)⁻¹ for `schur` and `joint`.  For `mse` the halving bound of ptq.scales ends the upward search.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ptq.formats import E4M3, Format
+from ptq.hessian import block_diagonal
+from ptq.kernels.rounding import absmax_scale, decode_scale, quantize_e2m1, quotient, scale_above
+from ptq.kernels.search import MARGIN, load_all, prepare, quadratic_form, sum_of_squares
+
+ROWS_PER_PROGRAM = 8
+RULES = ("absmax", "mse", "local", "schur", "joint")
+
+
+@triton.jit
+def feed_forward(x, s, u, inverses, u_ptr):
+    """(q, E) of GPTQ inside a block: tuples of the columns' values in units of s and of their errors (x_c - s q_c) / U_cc.
+
+    u: the columns of U above the diagonal, packed, in registers; where empty they are read from u_ptr (K × K).
+    """
+    inverse = tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
+    q = ()
+    E = ()
+    for c in tl.static_range(len(x)):
+        left = x[c]
+        for m in tl.static_range(c):
+            if len(u) > 0:
+                left -= E[m] * u[c * (c - 1) // 2 + m]
+            else:
+                left -= E[m] * tl.load(u_ptr + m * len(x) + c)
+        q = q + (quantize_e2m1(left, s, inverse),)
+        E = E + (tl.fma(-q[c], s, left) * inverses[c],)
+    return q, E
+
+
+@triton.jit
+def load_above_diagonal(pointer, K: tl.constexpr):
+    """The columns above the diagonal of a K × K matrix as one tuple, to be kept in registers."""
+    values = ()
+    for c in tl.static_range(K):
+        for m in tl.static_range(c):
+            values = values + (tl.load(pointer + m * K + c),)
+    return values
+
+
+@triton.jit
+def candidate_loss(x, s, u, inverses, u_ptr, g, g_ptr, RULE: tl.constexpr):
+    """(loss, largest |code value|) of scales s."""
+    largest = tl.zeros(s.shape, tl.float32)
+    if RULE == "joint":
+        q, E = feed_forward(x, s, u, inverses, u_ptr)
+        loss = sum_of_squares(E)
+    else:
+        inverse = tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
+        q = ()
+        r = ()
+        for i in tl.static_range(len(x)):
+            q = q + (quantize_e2m1(x[i], s, inverse),)
+            r = r + (tl.fma(-q[i], s, x[i]),)
+        if RULE == "mse":
+            loss = sum_of_squares(r)
+        else:
+            loss = quadratic_form(r, g, g_ptr)
+    for i in tl.static_range(len(x)):
+        largest = tl.maximum(largest, tl.abs(q[i]))
+    return loss, largest
+
+
+@triton.jit
+def choose_code(x, amax, lane, u, inverses, u_ptr, g, g_ptr, c_ptr, CHUNK: tl.constexpr, E4M3: tl.constexpr, RULE: tl.constexpr):
+    """Code (ROWS, 1) of the smallest loss."""
+    LAST: tl.constexpr = 126 if E4M3 else 254
+    HALVES: tl.constexpr = 16 if E4M3 else 2
+    BELOW: tl.constexpr = 4 if E4M3 else 2
+    start = tl.minimum(scale_above(amax, E4M3), LAST)
+    best = tl.full(amax.shape, float("inf"), tl.float32)
+    best_code = start
+    code = start - BELOW + lane
+    going = 1
+    while going > 0:
+        s = decode_scale(tl.clamp(code.to(tl.float32), 1.0, LAST).to(tl.int32), E4M3)
+        loss, largest = candidate_loss(x, s, u, inverses, u_ptr, g, g_ptr, RULE)
+        better = (code >= 1) & (code <= LAST) & (loss < best)
+        best = tl.where(better, loss, best)
+        best_code = tl.where(better, code, best_code)
+        last = (code >= LAST) | ((largest == 0) & (code >= 1))
+        if RULE == "mse":
+            last = last | ((3.0 * s >= amax) & (code >= HALVES))
+        going = 1 - tl.min(tl.max(last.to(tl.int32), axis=1), axis=0)
+        code += CHUNK
+
+    known = tl.sqrt(tl.min(best, axis=1))[:, None]
+    lowest = tl.zeros(amax.shape, tl.float32)
+    for i in tl.static_range(len(x)):
+        if RULE == "mse":
+            room = known
+        else:
+            room = known * tl.load(c_ptr + i)
+        lowest = tl.maximum(lowest, tl.abs(x[i]) - room)
+    lowest *= MARGIN / 6.0
+    code = start - BELOW - CHUNK + lane
+    going = 1
+    while going > 0:
+        s = decode_scale(tl.maximum(code, 1), E4M3)
+        possible = (code >= 1) & (s >= lowest)
+        going = tl.max(tl.max(possible.to(tl.int32), axis=1), axis=0)
+        if going > 0:
+            loss, largest = candidate_loss(x, s, u, inverses, u_ptr, g, g_ptr, RULE)
+            better = possible & (loss <= best)
+            best = tl.where(better, loss, best)
+            best_code = tl.where(better, code, best_code)
+        code -= CHUNK
+    smallest = tl.min(best, axis=1)[:, None]
+    return tl.min(tl.where(best == smallest, best_code, LAST), axis=1)[:, None]
+
+
+@triton.jit
+def panel_kernel(
+    x_ptr, u_ptr, blocks_ptr, g_ptr, c_ptr, q_ptr, scales_ptr, e_ptr, loss_ptr, rows, width,
+    x_stride, u_stride, q_stride, scales_stride, e_stride,
+    K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, E4M3: tl.constexpr, ABSMAX: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of a panel of `width` columns: x is updated in place, q, scales and E are written, loss is added to."""
+    TRIANGLE: tl.constexpr = K * (K + 1) // 2
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    lane = tl.arange(0, CHUNK)[None, :]
+    inside = row < rows
+    single = inside & (lane == 0)
+    wide = (row + lane) * 0
+    loss = tl.zeros([ROWS, CHUNK], tl.float64)
+    for b in range(width // K):
+        column = b * K
+        block_ptr = blocks_ptr + b * K * K
+        x = ()
+        inverses = ()
+        u = ()
+        g = ()
+        amax = tl.zeros([ROWS, CHUNK], tl.float32)
+        for c in tl.static_range(K):
+            x = x + (tl.load(x_ptr + row * x_stride + column + c + wide, mask=inside, other=0.0),)
+            amax = tl.maximum(amax, tl.abs(x[c]))
+            inverses = inverses + (tl.div_rn(1.0, tl.load(block_ptr + c * K + c)),)
+        if K == 16 and RULE == "joint":
+            u = load_above_diagonal(block_ptr, K)
+        if K == 16 and RULE == "quadratic":
+            g = load_all(g_ptr + b * TRIANGLE, TRIANGLE)
+        if RULE == "absmax":
+            s = absmax_scale(amax, ABSMAX)
+        else:
+            code = choose_code(
+                x, amax, lane, u, inverses, block_ptr, g, g_ptr + b * TRIANGLE, c_ptr + b * K, CHUNK, E4M3, RULE
+            )
+            s = decode_scale(code + tl.zeros([ROWS, CHUNK], tl.int32), E4M3)
+        tl.store(scales_ptr + row * scales_stride + b + wide, s, mask=single)
+        if K == 16 and RULE != "joint":
+            u = load_above_diagonal(block_ptr, K)
+        q, E = feed_forward(x, s, u, inverses, block_ptr)
+        loss += sum_of_squares(E)
+        for c in tl.static_range(K):
+            tl.store(q_ptr + row * q_stride + column + c + wide, q[c], mask=single)
+            tl.store(e_ptr + row * e_stride + column + c + wide, E[c], mask=single)
+        for first in range(column + K, width, CHUNK):
+            later = first + lane
+            pointer = x_ptr + row * x_stride + later
+            here = inside & (later < width)
+            left = tl.load(pointer, mask=here, other=0.0)
+            for c in tl.static_range(K):
+                left -= E[c] * tl.load(u_ptr + (column + c) * u_stride + later, mask=later < width, other=0.0)
+            tl.store(pointer, left, mask=here)
+        # The next block's weights were just written by other threads of this program.
+        tl.debug_barrier()
+    total = tl.load(loss_ptr + row + wide, mask=single, other=0.0) + loss
+    tl.store(loss_ptr + row + wide, total, mask=single)
+
+
+def block_factors(H_blocks: Tensor, U_blocks: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """(G, c) for the panel kernel: packed factor of the rule's M (unused by `joint`), and √(M⁻¹)_ii."""
+    if rule == "local":
+        G, _, c = prepare(H_blocks)
+    elif rule == "schur":
+        identity = torch.eye(U_blocks.shape[-1], dtype=torch.float64, device=U_blocks.device)
+        inverse = torch.linalg.solve_triangular(U_blocks.double(), identity, upper=True)
+        G, _, c = prepare(inverse @ inverse.mT)
+    else:
+        G = c = U_blocks.square().sum(-2).sqrt()
+    return G, c
+
+
+def launch_panel(
+    x: Tensor, U: Tensor, U_blocks: Tensor, factors: tuple[Tensor, Tensor], q: Tensor, scales: Tensor, E: Tensor, loss: Tensor,
+    format: Format, rule: str,
+) -> None:  # fmt: skip
+    """One panel: x (r, p) is updated in place, q (r, p), scales (r, p/block) and E (r, p) written, loss (r,) float64 added to.
+
+    All float32 but loss; rows may be strided, columns of all but U must be adjacent.  U (p, p): the panel's own.
+    """
+    assert all(t.stride(-1) == 1 for t in (x, q, scales, E)) and U_blocks.is_contiguous()
+    U = U.contiguous()
+    kernel_rule = "quadratic" if rule in ("local", "schur") else rule
+    G, c = factors
+    panel_kernel[(triton.cdiv(x.shape[0], ROWS_PER_PROGRAM),)](
+        x, U, U_blocks, G, c, q, scales, E, loss, x.shape[0], x.shape[1],
+        x.stride(0), U.stride(0), q.stride(0), scales.stride(0), E.stride(0),
+        K=format.block, ROWS=ROWS_PER_PROGRAM, CHUNK=16 if format.grid is E4M3 else 8, E4M3=format.grid is E4M3,
+        ABSMAX=format.absmax.__name__, RULE=kernel_rule, num_warps=4,
+    )  # fmt: skip
+
+
+def check(x: Tensor, format: Format, rule: str) -> None:
+    if rule not in RULES:
+        raise ValueError(f"unknown scale rule {rule!r}; there are {', '.join(RULES)}")
+    if format.elements.name != "e2m1" or x.dtype != torch.float32:
+        raise ValueError(f"the GPTQ kernel is for E2M1 formats in float32, not {format.name!r} in {x.dtype}")
+
+
+def sweep_panel(
+    x: Tensor, H_blocks: Tensor, U_blocks: Tensor, U: Tensor, format: Format, rule: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One panel: q (r, p), scales (r, p/block) and the scaled errors E (r, p), as ptq.methods.gptq.sweep_panel.
+
+    x (r, p) float32 is overwritten.  H_blocks, U_blocks (p/block, block, block): diagonal blocks.  U (p, p): the panel's own.
+    Raises ValueError for an unknown rule, elements other than E2M1 or another dtype.
+    """
+    check(x, format, rule)
+    q, E = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    scales = x.new_empty(x.shape[0], len(H_blocks))
+    loss = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+    factors = block_factors(H_blocks, U_blocks, rule)
+    launch_panel(x, U, U_blocks.contiguous(), factors, q, scales, E, loss, format, rule)
+    return q, scales, E
+
+
+def sweep(
+    x: Tensor, A: Tensor, U: Tensor, format: Format, rule: str, panel: int, outer: int = 1024
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loop over panels, as ptq.methods.gptq.sweep: values q (r, n), scales (r, n/block), Σ err² per row (r,) float64.
+
+    x (r, n) float32, not changed.  A (n, n): damped Hessian.  U (n, n): its inverse factor.  Two levels: errors of a panel go at
+    once to the columns of its group of `outer`, and to those after the group in one matmul when the group is done: the same sums,
+    with fewer passes over x.
+    """
+    check(x, format, rule)
+    H_blocks, U_blocks = block_diagonal(A, format.block), block_diagonal(U, format.block)
+    G, c = block_factors(H_blocks, U_blocks, rule)
+    (rows, n), k = x.shape, format.block
+    x = x.clone(memory_format=torch.contiguous_format)
+    q, scales = torch.empty_like(x), x.new_empty(rows, n // k)
+    loss = torch.zeros(rows, dtype=torch.float64, device=x.device)
+    outer = max(panel, outer // panel * panel)
+    for group in range(0, n, outer):
+        end = min(group + outer, n)
+        E = x.new_empty(rows, end - group)
+        for start in range(group, end, panel):
+            stop = min(start + panel, end)
+            columns, blocks, own = slice(start, stop), slice(start // k, stop // k), slice(start - group, stop - group)
+            launch_panel(
+                x[:, columns], U[columns, columns], U_blocks[blocks], (G[blocks], c[blocks]),
+                q[:, columns], scales[:, blocks], E[:, own], loss, format, rule,
+            )  # fmt: skip
+            x[:, stop:end].addmm_(E[:, own], U[columns, stop:end], alpha=-1)
+        x[:, end:].addmm_(E, U[group:end, end:], alpha=-1)
+    return q, scales, loss
