@@ -47,6 +47,11 @@ def evaluate(models: Mapping[str, nn.Module], windows: Iterable[Tensor]) -> dict
     if not tokens:
         raise ValueError("no windows to evaluate on")
     return {
-        name: Score(ppl=float(torch.tensor(nll[name] / tokens, dtype=torch.float64).exp()), kl=kl[name] / tokens, tokens=tokens, window=length)
+        name: Score(
+            ppl=float(torch.tensor(nll[name] / tokens, dtype=torch.float64).exp()),
+            kl=kl[name] / tokens,
+            tokens=tokens,
+            window=length,
+        )
         for name in models
     }

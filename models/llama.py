@@ -1,6 +1,7 @@
 """Llama-family decoders: which linears share an input, and how one layer is run by itself."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class LlamaAdapter:
         check_family(model.config, type(model).__name__)
         self.stages = FAMILIES[model.config.model_type]
         self._config = model.config
-        self._body = model.get_decoder()
+        self._body: Any = model.get_decoder()
 
     def embed(self, tokens: Tensor) -> Tensor:
         window = getattr(self._config, "sliding_window", None)

@@ -1,9 +1,11 @@
 """A model and its tokenizer from a local folder, a hub id or a GGUF file."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq.models.llama import check_family
@@ -14,8 +16,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model in eval mode, tokenizer).  dtype None: as stored; for a GGUF file, float32.
 
-    Raises ValueError, before weights are read, for a source that is not there, an unsupported model type and a model that is
-    quantized already.
+    Raises ValueError, before weights are read, for a source that is not there, an unsupported model type, a damaged file and a
+    model that is quantized already.
     """
     where, extra = locate(source)
     try:
@@ -29,7 +31,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(where, **extra)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} has no tokenizer that loads: {str(error).splitlines()[0]}") from None
-    weights = dict(extra)
+    weights: dict[str, Any] = dict(extra)
     if "gguf_file" in extra and hasattr(transformers, "GgufConfig"):
         weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
     dtype = dtype or (torch.float32 if "gguf_file" in extra else "auto")  # type: ignore[assignment]
@@ -50,7 +52,18 @@ def locate(source: str) -> tuple[str, dict[str, str]]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{source} holds no config.json; give a model folder, a .gguf file or a hub id")
+        check_files(path)
         return str(path), {}
     if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"{source}: no such folder; give a model folder, a .gguf file or a hub id")
     return source, {}
+
+
+def check_files(folder: Path) -> None:
+    """Raises ValueError that names a .safetensors file whose header and length do not fit."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None

@@ -132,7 +132,7 @@ def write_checkpoint(
 
 @torch.no_grad()
 def verify(folder: Path, model: PreTrainedModel, tokens: Tensor) -> float:
-    """Max |logit difference| between the checkpoint as transformers loads it and `model`, both in bfloat16, on `tokens` (n, length).
+    """Max |logit difference| on `tokens` (n, length) between the checkpoint as transformers loads it and `model`, in bfloat16.
 
     The model's parameters are turned to bfloat16 for good (its buffers are not: the rotary frequencies stay in fp32, as the loader
     keeps them).  Raises ValueError where a tensor is missing from the checkpoint, or unexpected in it.
@@ -140,10 +140,12 @@ def verify(folder: Path, model: PreTrainedModel, tokens: Tensor) -> float:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPE)
     device = next(model.parameters()).device
-    loaded, info = AutoModelForCausalLM.from_pretrained(
+    loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
         str(folder), dtype=DTYPE, attn_implementation="sdpa", output_loading_info=True
     )
-    problems = [f"{kind}: {sorted(info[kind])[:3]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
+    problems = [
+        f"{kind}: {sorted(info[kind])[:3]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
+    ]
     if problems:
         raise ValueError(f"the checkpoint does not read back: {'; '.join(problems)}")
     ours = model(tokens.to(device)).logits

@@ -195,4 +195,4 @@ def choose_tensor_scale(W: Tensor, format: Format) -> Tensor:
     largest = format.elements.saturation * scale_values(format.grid, W.device)[-1]
     mantissa, exponent = torch.frexp(W.abs().amax().float() / largest)
     exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
-    return torch.where(mantissa > 0, torch.ldexp(one, exponent.clamp(-100, 100)), one)
+    return torch.where(mantissa > 0, torch.ldexp(one, exponent.clamp(-100, 120)), one)

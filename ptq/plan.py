@@ -11,6 +11,8 @@ from ptq.adapter import Adapter
 from ptq.config import QuantConfig
 from ptq.formats import Format
 
+BLOCKS = (32, 64, 128, 256)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -45,7 +47,9 @@ def make_plan(adapter: Adapter, config: QuantConfig) -> Plan:
                 )
             ignored += left_alone
             if not left_alone:
-                linears |= {full: check_linear(full, layer.get_submodule(name)) for full, name in zip(names, stage, strict=True)}
+                linears |= {
+                    full: check_linear(full, layer.get_submodule(name)) for full, name in zip(names, stage, strict=True)
+                }
     for pattern in config.ignore:
         if not any(matches(name, [pattern]) for name in ignored):
             raise ValueError(f"--ignore {pattern!r} matches no linear; names look like {next(iter(linears), '(none)')}")
@@ -78,20 +82,25 @@ def check_blocks(linears: dict[str, tuple[int, int]], format: Format) -> None:
     name, (_, d_in) = next(iter(misfits.items()))
     tails = sorted({name.split(".layers.")[-1].split(".", 1)[-1] for name in misfits})
     ignore = " ".join(f"'re:.*\\.{re.escape(tail)}$'" for tail in tails)
-    smaller = [b for b in (64, 32) if format.block > b and all(shape[1] % b == 0 for shape in linears.values())]
-    remedy = f"--block {smaller[0]}, or " if smaller and not format.elements.halving_range == 3.0 else ""
+    smaller = [b for b in BLOCKS if b < format.block and all(shape[1] % b == 0 for shape in linears.values())]
+    remedy = f"--block {smaller[-1]}, or " if smaller and free_block(format) else ""
     raise ValueError(
         f"{name} has {d_in} input columns, which blocks of {format.block} do not divide ({len(misfits)} such linears); "
         f"use {remedy}--ignore {ignore}"
     )
 
 
+def free_block(format: Format) -> bool:
+    """Whether checkpoints of the format may have blocks of another size: the float formats fix theirs."""
+    return format.scheme == "pack-quantized"
+
+
 def with_block(format: Format, block: int | None) -> Format:
     """`format` with another block size.  Raises ValueError where checkpoints of that size cannot exist."""
     if block is None or block == format.block:
         return format
-    if format.grid.stride == 1:
+    if not free_block(format):
         raise ValueError(f"{format.name} checkpoints have blocks of {format.block}; --block {block} is for int4")
-    if block not in (32, 64, 128, 256):
+    if block not in BLOCKS:
         raise ValueError(f"--block {block}: int4 checkpoints have blocks of 32, 64, 128 or 256")
     return replace(format, block=block)

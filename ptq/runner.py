@@ -56,9 +56,11 @@ class Record:
 @contextmanager
 def watch_inputs(watchers: dict[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
     """Calls watchers[module](x) with the input x of each module as it runs; the only hooks in this library."""
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, watch=watch: watch(args[0])) for module, watch in watchers.items()
-    ]
+
+    def hook(watch: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: watch(args[0])
+
+    handles = [module.register_forward_pre_hook(hook(watch)) for module, watch in watchers.items()]
     try:
         yield
     finally:
@@ -88,9 +90,8 @@ def quantize_model(
         stages = [stage for stage in stages if stage]
         hessians = collect_hessians(adapter, layer, stages, hidden)
         for stage in stages:
-            hessian = hessians.pop(0) if hessians else None
             try:
-                yield from quantize_stage(stage, hessian, config)
+                yield from quantize_stage(stage, hessians.pop(0) if hessians else None, config)
             except ValueError as error:
                 raise type(error)(f"{', '.join(stage)}: {error}") from None
         for i, x in enumerate(hidden):
@@ -125,9 +126,7 @@ def quantize_stage(
     H = hessian.mean() if hessian else None
     W = torch.cat([linear.weight.float() for linear in stage.values()])
     tensor_scale = choose_tensor_scale(W, config.format)
-    solution = METHODS[config.method](
-        W, H, config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp
-    )
+    solution = METHODS[config.method](W, H, config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp)
     baseline = rtn(W, None, config.format, rule="absmax", tensor_scale=tensor_scale).quantized.dequantize()
     Q = solution.quantized.dequantize()
     energies = None if H is None else [output_energy(part, H) for part in (W, W - Q, W - baseline)]
@@ -182,4 +181,3 @@ def certify(name: str, solution: Solution, rows: slice, energies: list[Tensor] |
             "please report this"
         )
     return difference
-

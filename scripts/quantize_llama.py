@@ -10,9 +10,11 @@ report.json.  With --evaluate, the original, RTN with absmax scales and the resu
 
 import argparse
 import copy
+import io
 import json
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,11 +50,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--scales", choices=RULES, default="local", help="how block scales are chosen (default: %(default)s)")
     how.add_argument("--block", type=int, help="weights per scale, for int4: 32, 64, 128 (default) or 256")
     how.add_argument("--damp", type=float, default=0.01, help="added to diag(H), relative to its mean (default: %(default)s)")
-    how.add_argument("--ignore", nargs="+", default=[], metavar="NAME", help="linears to leave alone: a full name or re:PATTERN")
+    how.add_argument(
+        "--ignore", nargs="+", default=[], metavar="NAME", help="linears to leave alone: a full name or re:PATTERN"
+    )
     text = parser.add_argument_group("calibration")
-    text.add_argument("--calibration", default="builtin", metavar="TEXT", help=".txt, .jsonl[.gz], dataset id or builtin (default)")
+    text.add_argument(
+        "--calibration", default="builtin", metavar="TEXT", help=".txt, .jsonl[.gz], dataset id or builtin (default)"
+    )
     text.add_argument("--sequences", type=int, default=128, metavar="N", help="calibration sequences (default: %(default)s)")
-    text.add_argument("--length", type=int, default=1024, metavar="N", help="tokens a sequence or window (default: %(default)s)")
+    text.add_argument(
+        "--length", type=int, default=1024, metavar="N", help="tokens a sequence or window (default: %(default)s)"
+    )
     text.add_argument("--seed", type=int, default=0, help="which sequences are drawn (default: %(default)s)")
     result = parser.add_argument_group("result")
     result.add_argument("--output", type=Path, metavar="DIR", help="write a checkpoint there; it must not exist")
@@ -60,7 +68,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     result.add_argument("--windows", type=int, metavar="N", help="evaluate on the first N windows only")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    machine.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="to run in (default: as stored)")
+    machine.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="to run in (default: as stored)"
+    )
     args = parser.parse_args(argv)
     for name in ("sequences", "windows", "length"):
         if getattr(args, name) is not None and getattr(args, name) < (2 if name == "length" else 1):
@@ -79,7 +89,8 @@ def run(args: argparse.Namespace) -> dict:
     config = QuantConfig(format, args.method, args.scales, args.damp, tuple(args.ignore))
     texts = {source: read_documents(source) for source in (args.calibration, args.evaluate) if source}
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model, tokenizer = load_model(args.model, dtype=dtype, device=args.device)
+    with quiet():
+        model, tokenizer = load_model(args.model, dtype=dtype, device=args.device)
     adapter = LlamaAdapter(model)
     plan = make_plan(adapter, config)
     dense = sum(p.numel() for p in model.parameters()) - plan.weights
@@ -118,7 +129,19 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def settings(args: argparse.Namespace, config: QuantConfig) -> dict:
-    chosen = ("format", "method", "scales", "damp", "ignore", "calibration", "sequences", "length", "seed", "evaluate", "windows")
+    chosen = (
+        "format",
+        "method",
+        "scales",
+        "damp",
+        "ignore",
+        "calibration",
+        "sequences",
+        "length",
+        "seed",
+        "evaluate",
+        "windows",
+    )
     return {name: getattr(args, name) for name in chosen} | {"block": config.format.block}
 
 
@@ -150,22 +173,30 @@ def score(models: dict[str, transformers.PreTrainedModel], held_out: Tensor | No
 
 def reload_difference(folder: Path, model: transformers.PreTrainedModel, tokens: Tensor) -> float:
     """What reading the checkpoint back changes, which must be nothing."""
-    difference = verify(folder, model, tokens[:1, :VERIFY_TOKENS])
+    with quiet():
+        difference = verify(folder, model, tokens[:1, :VERIFY_TOKENS])
     if difference:
-        raise RuntimeError(f"the checkpoint reads back with logits {difference:.3g} away from the model it was made of; not kept")
+        raise RuntimeError(
+            f"the checkpoint reads back with logits {difference:.3g} away from the model it was made of; not kept"
+        )
     return difference
+
+
+def quiet() -> AbstractContextManager:
+    """Keeps the progress bars that other libraries draw out of a log; a terminal may show them."""
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
 
 
 def table(report: dict) -> str:
     """What a person wants to know at the end."""
-    errors = [linear["error"] for linear in report["linears"] if linear["error"] is not None]
-    rtn_errors = [linear["rtn_error"] for linear in report["linears"] if linear["rtn_error"] is not None]
-    worst = max(report["linears"], key=lambda linear: linear["error"] or 0.0)
-    lines = [
-        f"{len(report['linears'])} linears, {report['settings']['format']}, {report['bytes'] / 1e6:.0f} MB, {report['seconds']:.0f} s",
-        f"relative output error: mean {sum(errors) / len(errors):.4f} (RTN {sum(rtn_errors) / len(rtn_errors):.4f}), "
-        f"largest {worst['error']:.4f} in {worst['name']}",
-    ]
+    linears = report["linears"]
+    settings = report["settings"]
+    lines = [f"{len(linears)} linears, {settings['format']}, {report['bytes'] / 1e6:.0f} MB, {report['seconds']:.0f} s"]
+    measured = [linear for linear in linears if linear["error"] is not None]
+    mean = {key: sum(linear[key] for linear in measured) / len(measured) for key in ("error", "rtn_error")}
+    worst = max(measured, key=lambda linear: linear["error"])
+    lines.append(f"relative output error: mean {mean['error']:.4f} (RTN absmax {mean['rtn_error']:.4f})")
+    lines.append(f"                       largest {worst['error']:.4f}, {worst['name']}")
     scores = {name: value for name, value in report.items() if isinstance(value, dict) and "ppl" in value}
     if scores:
         first = next(iter(scores.values()))

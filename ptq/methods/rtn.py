@@ -26,11 +26,12 @@ def rtn(
 
     H: for `local` the full Hessian (d_in, d_in) or its diagonal blocks (d_in/block, block, block), else ignored.
     """
+    W = W if W.dtype == torch.float64 else W.float()
     blocks = None
     if rule == "local" and H is not None:
-        H = damped(H, damp)
+        H = damped(H, damp).to(W.dtype)
         blocks = H if H.dim() == 3 else block_diagonal(H, format.block)
-    x = rearrange(W.float() / tensor_scale, "r (b k) -> b r k", k=format.block)
+    x = rearrange(W / tensor_scale, "r (b k) -> b r k", k=format.block)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=W.device)
     scales = torch.empty(x.shape[:2], dtype=torch.float32, device=W.device)
     for start in range(0, x.shape[0], BLOCKS_AT_ONCE):

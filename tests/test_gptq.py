@@ -1,0 +1,126 @@
+"""GPTQ against a textbook oracle, and the relations a correct one satisfies."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ptq.formats import FORMATS, INT4_G128, MXFP4, NVFP4, choose_tensor_scale, get_format
+from ptq.hessian import damped
+from ptq.methods.gptq import gptq, visit_order
+from ptq.methods.rtn import rtn
+from ptq.scales import RULES, choose_scales
+
+SMALL_INT4 = replace(INT4_G128, block=32)
+SMALL = [NVFP4, MXFP4, SMALL_INT4]
+
+
+def problem(d_out: int = 24, d_in: int = 96, dtype: torch.dtype = torch.float64):
+    X = torch.randn(400, d_in, dtype=dtype) @ torch.randn(d_in, d_in, dtype=dtype) / d_in**0.5
+    X = X * torch.exp(0.7 * torch.randn(d_in, dtype=dtype))
+    return torch.randn(d_out, d_in, dtype=dtype) * 0.02, X.T @ X / 400
+
+
+def loss(W, quantized, H):
+    delta = W.double() - quantized.dequantize().double()
+    return float(((delta @ H.double()) * delta).sum())
+
+
+def brain_surgeon(W, A, format, rule, tensor_scale):
+    """OBQ in its textbook form: after each column, invert what is left of A again."""
+    W = (W / tensor_scale).clone()
+    Q, left = torch.zeros_like(W), list(range(W.shape[1]))
+    for c in range(W.shape[1]):
+        block = slice(c // format.block * format.block, c // format.block * format.block + format.block)
+        if c % format.block == 0:
+            s = choose_scales(W[None, :, block], format, rule, A[None, block, block])[0].double()
+        inverse = torch.linalg.inv(A[left][:, left])
+        Q[:, c] = s * format.elements.round(W[:, c] / s)
+        W[:, left] -= ((W[:, c] - Q[:, c]) / inverse[0, 0])[:, None] * inverse[0]
+        left = left[1:]
+    return Q * tensor_scale
+
+
+@pytest.mark.parametrize("rule", ["absmax", "mse", "local"])
+@pytest.mark.parametrize("format", SMALL, ids=lambda f: f.name)
+def test_equals_optimal_brain_surgeon(format, rule):
+    W, H = problem()
+    scale = choose_tensor_scale(W, format).double()
+    result = gptq(W, H, format, rule=rule, tensor_scale=scale, block_order=False)
+    expected = brain_surgeon(W, damped(H, 0.01), format, rule, scale)
+    assert torch.equal(result.quantized.dequantize(), expected.float())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("format", SMALL, ids=lambda f: f.name)
+def test_panel_size_does_not_change_the_result(format, rule):
+    W, H = problem()
+    scale = choose_tensor_scale(W, format).double()
+    results = [gptq(W, H, format, rule=rule, tensor_scale=scale, panel=p).quantized for p in (1, 32, 64, 96, 1000)]
+    for other in results[1:]:
+        assert torch.equal(other.codes, results[0].codes) and torch.equal(other.scales, results[0].scales)
+
+
+@pytest.mark.parametrize("rule", ["absmax", "mse", "local"])
+@pytest.mark.parametrize("format", SMALL, ids=lambda f: f.name)
+def test_uncorrelated_inputs_make_gptq_round_to_nearest(format, rule):
+    W = torch.randn(24, 96) * 0.02
+    scale, H = choose_tensor_scale(W, format), torch.eye(96)
+    ours = gptq(W, H, format, rule=rule, tensor_scale=scale).quantized
+    nearest = rtn(W, H, format, rule=rule, tensor_scale=scale).quantized
+    assert torch.equal(ours.codes, nearest.codes) and torch.equal(ours.scales, nearest.scales)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("format", SMALL, ids=lambda f: f.name)
+def test_loss_identity_holds_row_by_row(format, rule):
+    """In float32 its sides differ by rounding: about 2 √d_in eps ‖W‖/‖Δ‖ ≈ 2e-5 here."""
+    W, H = problem(dtype=torch.float32)
+    solution = gptq(W, H, format, rule=rule, tensor_scale=choose_tensor_scale(W, format))
+    assert torch.allclose(solution.accumulated, solution.measured, rtol=2e-5)
+
+
+@pytest.mark.parametrize("rule", ["absmax", "mse", "local"])
+@pytest.mark.parametrize("format", SMALL, ids=lambda f: f.name)
+def test_error_feedback_lowers_the_loss(format, rule):
+    W, H = problem(d_out=64)
+    scale = choose_tensor_scale(W, format)
+    losses = [loss(W, method(W, H, format, rule=rule, tensor_scale=scale).quantized, H) for method in (gptq, rtn)]
+    assert losses[0] < losses[1]
+
+
+def test_rules_that_know_more_lose_less():
+    W, H = problem(d_out=128)
+    scale = choose_tensor_scale(W, NVFP4)
+    losses = [loss(W, gptq(W, H, NVFP4, rule=r, tensor_scale=scale).quantized, H) for r in ("absmax", "mse", "local", "joint")]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_block_order_moves_whole_blocks_by_descending_energy():
+    H = torch.diag(torch.tensor([1.0] * 16 + [5.0] * 16 + [5.0] * 16 + [9.0] * 16))
+    assert visit_order(H, 16)[::16].tolist() == [48, 16, 32, 0]
+    assert visit_order(H, 16)[:16].tolist() == list(range(48, 64))
+
+
+def test_dead_columns_are_rounded_to_nearest_and_disturb_nothing():
+    W, H = problem()
+    H[17], H[:, 17] = 0, 0
+    scale = choose_tensor_scale(W, NVFP4)
+    solution = gptq(W, H, NVFP4, rule="local", tensor_scale=scale)
+    step = solution.quantized.scales[:, 1] * scale
+    assert torch.equal(solution.quantized.dequantize()[:, 17], step * NVFP4.elements.round(W[:, 17].float() / step))
+    assert torch.allclose(solution.accumulated, solution.measured)
+
+
+def test_one_row_and_one_block():
+    W, H = problem(d_out=1, d_in=32)
+    for name in FORMATS:
+        format = replace(get_format(name), block=32)
+        solution = gptq(W, H, format, rule="local", tensor_scale=choose_tensor_scale(W, format))
+        assert solution.quantized.scales.shape == (1, 1)
+
+
+def test_a_missing_hessian_is_refused():
+    W, _ = problem()
+    with pytest.raises(ValueError, match="needs the full Hessian"):
+        gptq(W, None, NVFP4, tensor_scale=torch.ones(()))

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from ptq.hessian import Hessian, NotPositiveDefiniteError, block_diagonal, damped, inverse_factor
+
+# Two float32 sums of n products, in any order, differ by at most 2 n eps Σ|x y|.
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("block", [None, 16, 32])
+@pytest.mark.parametrize("split", [[300], [1, 299], [7] * 42 + [6], [100, 100, 100]])
+def test_any_split_of_the_stream_gives_the_one_shot_result(block, split):
+    X = torch.randn(300, 64)
+    hessian = Hessian(64, block=block)
+    for part in X.split(split):
+        hessian.add(part)
+    exact, bound = (X.double().T @ X.double()) / 300, 2 * EPS * (X.abs().T @ X.abs())
+    if block:
+        exact, bound = block_diagonal(exact, block), block_diagonal(bound, block)
+    assert hessian.tokens == 300
+    assert ((hessian.mean() - exact).abs() <= bound).all()
+
+
+def test_batched_activations_are_flattened_and_bf16_products_are_exact():
+    X = torch.randn(2, 5, 32).bfloat16()
+    hessian = Hessian(32)
+    hessian.add(X)
+    x = X.flatten(0, 1).double()
+    assert hessian.tokens == 10
+    assert torch.allclose(hessian.mean().double(), x.T @ x / 10, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("block", [None, 16])
+def test_non_finite_activations_are_refused(value, block):
+    X = torch.randn(10, 32)
+    X[3, 17] = value
+    hessian = Hessian(32, block=block)
+    hessian.add(X)
+    with pytest.raises(ValueError, match="non-finite activations"):
+        hessian.mean()
+
+
+def test_no_tokens_are_refused():
+    with pytest.raises(ValueError, match="no calibration tokens"):
+        Hessian(8).mean()
+
+
+def test_inverse_factor():
+    X = torch.randn(100, 48, dtype=torch.float64)
+    A = damped(X.T @ X / 100, 0.01)
+    U = inverse_factor(A)
+    assert torch.equal(U, U.triu())
+    assert torch.allclose(U.T @ U @ A, torch.eye(48, dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(U, torch.linalg.cholesky(torch.linalg.inv(A), upper=True), atol=1e-10)
+
+
+def test_a_matrix_that_is_not_positive_definite_is_refused_with_its_pivot():
+    A = torch.diag(torch.tensor([1.0, 2.0, -1.0, 3.0]))
+    with pytest.raises(NotPositiveDefiniteError, match="pivot 2 of 4"):
+        inverse_factor(A)

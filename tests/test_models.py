@@ -1,0 +1,78 @@
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ptq.models.llama import FAMILIES, LlamaAdapter
+from ptq.models.loading import load_model
+
+from .tiny import save_tiny, tiny_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_replaying_the_layers_gives_the_models_logits(family, dtype):
+    model = tiny_model(family, dtype)
+    adapter, tokens = LlamaAdapter(model), torch.randint(0, 64, (3, 50))
+    hidden = adapter.embed(tokens)
+    names = []
+    for name, layer in adapter.layers():
+        hidden = adapter.forward(layer, hidden)
+        names.append(name)
+        for stage in adapter.stages:
+            inputs = {layer.get_submodule(linear).in_features for linear in stage}
+            assert len(inputs) == 1
+    assert names == ["model.layers.0", "model.layers.1"]
+    assert torch.equal(model.lm_head(model.model.norm(hidden)), model(tokens).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_name_every_linear_of_a_layer(family):
+    layer = tiny_model(family).model.layers[0]
+    linears = {name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert linears == {name for stage in FAMILIES[family] for name in stage}
+
+
+def test_sequences_beyond_a_sliding_window_are_refused():
+    adapter = LlamaAdapter(tiny_model("mistral", sliding_window=32))
+    with pytest.raises(ValueError, match="50 tokens exceed the model's sliding window; use at most 32"):
+        adapter.embed(torch.zeros(1, 50, dtype=torch.int64))
+
+
+def test_unsupported_types_list_the_supported_ones(tmp_path):
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_head=2, n_layer=1, vocab_size=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_folder_is_loaded_as_stored(tmp_path, dtype):
+    saved = save_tiny(tmp_path, dtype=dtype)
+    model, tokenizer = load_model(str(tmp_path))
+    assert model.dtype == dtype and not model.training and tokenizer("a c")["input_ids"] == [2, 4]
+    for ours, theirs in zip(model.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("/nowhere/model", "/nowhere/model: no such folder"),
+        ("missing.gguf", "missing.gguf: no such GGUF file"),
+        ("{tmp}", "holds no config.json"),
+    ],
+)
+def test_sources_that_are_not_there_are_named(tmp_path, source, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(source.format(tmp=tmp_path))
+
+
+def test_a_folder_without_weights_or_tokenizer_is_refused(tmp_path):
+    save_tiny(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer"):
+        load_model(str(tmp_path))

@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from ptq.formats import FORMATS, NVFP4, choose_tensor_scale
+from ptq.methods.rtn import rtn
+from ptq.packing import pack, pack_int32, unpack
+
+
+def test_every_byte_survives():
+    packed = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    assert torch.equal(pack(unpack(packed)), packed)
+
+
+def test_even_columns_are_the_low_nibble():
+    assert pack(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8)).tolist() == [[0x21, 0x0F]]
+    assert pack_int32(torch.arange(8, dtype=torch.uint8)[None]).tolist() == [[0x76543210]]
+
+
+@pytest.mark.parametrize("packer, columns", [(pack, 3), (pack_int32, 12)])
+def test_columns_that_do_not_fill_a_word_are_refused(packer, columns):
+    with pytest.raises(ValueError, match=rf"\(2, {columns}\)"):
+        packer(torch.zeros(2, columns, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
+def test_dequantized_weights_are_exact_in_bfloat16_for_float_formats(format):
+    W = torch.randn(8, 256) * 0.02
+    Q = rtn(W, None, format, rule="absmax", tensor_scale=choose_tensor_scale(W, format)).quantized.dequantize()
+    if format.elements.name == "e2m1":
+        assert torch.equal(Q, Q.bfloat16().float())
+    assert (W - Q).norm() < 0.15 * W.norm()
+
+
+def test_rows_share_the_tensor_scale():
+    W = torch.randn(8, 64)
+    quantized = rtn(W, None, NVFP4, rule="absmax", tensor_scale=choose_tensor_scale(W, NVFP4)).quantized
+    assert torch.equal(quantized.rows(2, 5).dequantize(), quantized.dequantize()[2:5])

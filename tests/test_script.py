@@ -1,0 +1,193 @@
+"""scripts/quantize_llama.py from the outside: a whole run, and one clear line for everything that cannot work."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import ROOT, SMOLLM2
+from .tiny import TEXT, save_tiny
+
+SCRIPT = ROOT / "scripts" / "quantize_llama.py"
+
+
+@pytest.fixture(scope="session")
+def main():
+    spec = importlib.util.spec_from_file_location("quantize_llama", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def job(tmp_path):
+    """(model folder, text file, output folder, the arguments that quantize it all)."""
+    save_tiny(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    output = tmp_path / "out"
+    common = ["--calibration", str(text), "--sequences", "8", "--length", "64", "--output", str(output), "--device", "cpu"]
+    return tmp_path / "model", text, output, [str(tmp_path / "model"), *common]
+
+
+@pytest.mark.parametrize(
+    "options, label",
+    [
+        (["--format", "nvfp4"], "gptq"),
+        (["--format", "mxfp4", "--method", "rtn", "--scales", "local"], "rtn-local"),
+        (["--format", "int4", "--block", "32", "--scales", "mse"], "gptq"),
+        (["--format", "nvfp4", "--dtype", "bfloat16", "--method", "rtn", "--scales", "absmax"], "rtn"),
+    ],
+)
+def test_a_whole_run(main, job, capsys, options, label):
+    _, text, output, arguments = job
+    assert main([*arguments, *options, "--evaluate", str(text), "--windows", "4"]) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert report["reload_max_abs_diff"] == 0 and report["seconds"] > 0 and len(report["linears"]) == 14
+    assert {"original", "rtn", label} <= report.keys()
+    assert all(report[name]["tokens"] == 4 * 63 and report[name]["window"] == 64 for name in ("original", "rtn", label))
+    assert report["original"]["kl"] == 0 < report[label]["kl"]
+    printed = capsys.readouterr().out
+    assert "token ppl" in printed and "max |logit difference| = 0" in printed
+
+
+def test_help_and_a_run_as_a_program(job):
+    """In its own process: --help is quick and whole, and a run that is piped draws no bars."""
+    *_, output, arguments = job
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(SCRIPT)]
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, env=environment, check=True)
+    assert "--calibration" in helped.stdout and "MODEL" in helped.stdout
+    done = subprocess.run([*command, *arguments, "--method", "rtn"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "it/s" not in done.stderr and output.is_dir()
+
+
+def one_line_error(main, arguments, capsys) -> str:
+    assert main(arguments) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ")
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    "replaced, message",
+    [
+        (["{nowhere}"], "no such folder"),
+        (["{model}", "--calibration", "{nowhere}"], "is not there"),
+        (["{model}", "--calibration", "{empty}"], "is empty"),
+        (["{model}", "--sequences", "1000"], "fewer than the 1000 asked for"),
+        (["{model}", "--length", "100000"], "too few for one window"),
+        (["{model}", "--output", "{model}"], "exists already"),
+        (["{model}", "--format", "int4"], "--block 64, or --ignore"),
+        (["{model}", "--ignore", "nothing"], "matches no linear"),
+        (["{model}", "--block", "32"], "nvfp4 checkpoints have blocks of 16"),
+        (["{model}", "--damp", "-1"], "damp must be positive"),
+        (["{model}", "--method", "rtn", "--scales", "joint"], "which method rtn has none of"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(main, job, capsys, tmp_path, replaced, message):
+    model, _, output, arguments = job
+    (tmp_path / "empty.txt").write_text("")
+    before = sorted(tmp_path.iterdir())
+    names = {"model": model, "nowhere": tmp_path / "nowhere.d" / "x", "empty": tmp_path / "empty.txt"}
+    assert message in one_line_error(main, [arg.format(**names) for arg in [*arguments, *replaced]][1:], capsys)
+    assert sorted(tmp_path.iterdir()) == before and not output.exists()
+
+
+def test_damaged_weights_are_named(main, job, capsys):
+    model, _, output, arguments = job
+    broken = save_tiny(model)
+    broken.model.layers[1].mlp.gate_proj.weight.data[0, 0] = float("nan")
+    broken.save_pretrained(model)
+    assert "model.layers.1.mlp.gate_proj.weight holds 1 non-finite" in one_line_error(main, arguments, capsys)
+    assert not output.exists()
+
+
+def test_a_truncated_checkpoint_is_named(main, job, capsys):
+    model, _, output, arguments = job
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert f"{weights} is damaged" in one_line_error(main, arguments, capsys)
+    assert not output.exists()
+
+
+def test_an_interrupted_write_leaves_nothing(main, job, capsys, monkeypatch):
+    """The disk fills up while the tokenizer, the last thing, is written."""
+    from transformers import PreTrainedTokenizerBase
+
+    *_, output, arguments = job
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+    assert "No space left on device" in one_line_error(main, arguments, capsys)
+    assert not output.exists() and not list(output.parent.glob(".out-*"))
+
+
+def test_nothing_to_do_is_refused(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["model"])
+    assert "give --output, --evaluate or both" in capsys.readouterr().err
+
+
+def test_stories260k_is_refused_at_once_with_a_remedy_that_works(main, shared, tmp_path, capsys):
+    """A trained model whose intermediate size, 172, no block of 16 divides."""
+    arguments = [
+        str(shared / "stories260K"),
+        "--calibration",
+        "builtin",
+        "--sequences",
+        "2",
+        "--length",
+        "64",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    error = one_line_error(main, arguments, capsys)
+    assert "model.layers.0.mlp.down_proj has 172 input columns" in error and r"--ignore 're:.*\.mlp\.down_proj$'" in error
+    assert main([*arguments, "--ignore", r"re:.*\.mlp\.down_proj$"]) == 0
+
+
+def test_babyllama_loses_half_as_much_as_rtn(main, shared, tmp_path):
+    """A trained model that was never quantized, on its own kind of text: calibrated on three stories, evaluated on two others."""
+    stories = (shared / "eval_text" / "tinystories_sample.txt").read_text().split("<|endoftext|>")
+    for name, part in (("calibration", stories[:3]), ("test", stories[3:5])):
+        (tmp_path / f"{name}.txt").write_text("".join(part))
+    arguments = [str(shared / "babyllama-tok105"), "--calibration", str(tmp_path / "calibration.txt"), "--length", "128"]
+    arguments += ["--sequences", "12", "--evaluate", str(tmp_path / "test.txt"), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["gptq"]["kl"] < 0.5 * report["rtn"]["kl"]
+
+
+@pytest.mark.skipif(not SMOLLM2.exists(), reason=f"{SMOLLM2} is not there; `make {SMOLLM2.relative_to(ROOT)}` gets it")
+@torch.no_grad()
+def test_smollm2_loads_from_gguf_and_reads_back(tmp_path: Path):
+    """The first two layers of a real model, real text, real checkpoint."""
+    from ptq.calibration import all_windows, read_documents
+    from ptq.config import QuantConfig
+    from ptq.export import checkpoint_tensors, verify, write_checkpoint
+    from ptq.formats import NVFP4
+    from ptq.models.llama import LlamaAdapter
+    from ptq.models.loading import load_model
+    from ptq.runner import quantize_model
+
+    model, tokenizer = load_model(str(SMOLLM2))
+    del model.model.layers[2:]
+    model.config.num_hidden_layers, model.config.layer_types = 2, None
+    text = " ".join(read_documents("builtin"))[:20_000]
+    windows = all_windows(lambda text: tokenizer(text)["input_ids"], [text], 256, "builtin")[:8]  # type: ignore[arg-type]
+    packed = {}
+    for record, quantized in quantize_model(LlamaAdapter(model), windows.split(4), QuantConfig(NVFP4, "gptq", "mse")):
+        assert record.error is not None and record.rtn_error is not None and record.error < record.rtn_error
+        packed |= checkpoint_tensors(record.name, quantized)
+    write_checkpoint(tmp_path, model, tokenizer, packed, NVFP4)
+    assert verify(tmp_path, model, windows[:1, :64]) == 0
