@@ -38,6 +38,7 @@ class LlamaAdapter:
         self.stages = FAMILIES[model.config.model_type]
         self._config = model.config
         self._body: Any = model.get_decoder()
+        self._head: Any = model.get_output_embeddings()
 
     def embed(self, tokens: Tensor) -> Tensor:
         window = getattr(self._config, "sliding_window", None)
@@ -53,3 +54,6 @@ class LlamaAdapter:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         rotary = self._body.rotary_emb(hidden, position_ids=positions)
         return layer(hidden, position_embeddings=rotary, position_ids=positions)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._head(self._body.norm(hidden))

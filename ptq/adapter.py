@@ -23,3 +23,7 @@ class Adapter(Protocol):
     def forward(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """The layer's output (n, length, d) for input `hidden`."""
         ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The last layer's output (n, length, d) -> logits (n, length, vocabulary)."""
+        ...

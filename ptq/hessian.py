@@ -27,29 +27,38 @@ def add_blocks(H: Tensor, X: Tensor) -> None:
 
 
 class Hessian:
-    """Running mean of x xᵀ: the whole matrix, or with `block` its diagonal blocks only.  Any split of the stream will do."""
+    """Running mean of x xᵀ: the whole matrix, or with `block` its diagonal blocks only.  Any split of the stream will do.
+
+    With token weights it is Σ w x xᵀ / Σ w, so that their scale does not matter.
+    """
 
     def __init__(self, d_in: int, *, block: int | None = None, device: torch.device | str = "cpu"):
         shape = (d_in, d_in) if block is None else (d_in // block, block, block)
         self.sum = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.weight = torch.zeros((), dtype=torch.float64, device=device)
         self.tokens = 0
         self._add: Callable[[Tensor, Tensor], None] = add_full if block is None else add_blocks
 
-    def add(self, X: Tensor) -> None:
-        """Add tokens X (..., d_in)."""
+    def add(self, X: Tensor, weights: Tensor | None = None) -> None:
+        """Add tokens X (..., d_in), each counting for weights (...), 1 without."""
         X = X.flatten(0, -2)
+        if weights is not None:
+            X = X.float() * weights.to(X.device).flatten().float().sqrt()[:, None]
         self._add(self.sum, X)
+        self.weight += X.shape[0] if weights is None else weights.sum(dtype=torch.float64).to(self.weight.device)
         self.tokens += X.shape[0]
 
     def mean(self) -> Tensor:
-        """H.  Raises ValueError where no token came or where an activation was not finite."""
+        """H.  Raises ValueError where no token came, where none counts, or where an activation was not finite."""
         if not self.tokens:
             raise ValueError("no calibration tokens arrived")
+        if not self.weight > 0:
+            raise ValueError(f"the weights of {self.tokens} calibration tokens add up to {float(self.weight)}")
         diagonal = self.sum.diagonal(dim1=-2, dim2=-1)
         if not diagonal.isfinite().all():
             columns = (~diagonal.flatten().isfinite()).nonzero().flatten().tolist()
             raise ValueError(f"non-finite activations in {len(columns)} input columns, the first {columns[0]}")
-        return self.sum / self.tokens
+        return self.sum / self.weight.float()
 
 
 def block_diagonal(H: Tensor, block: int) -> Tensor:

@@ -5,8 +5,7 @@ layer's Hessians are alive at a time, and layers are asked of the adapter one by
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,8 @@ from ptq.methods.rtn import rtn
 from ptq.methods.solution import Solution
 from ptq.packing import Quantized
 from ptq.plan import make_plan
+from ptq.token_weights import TokenWeights
+from ptq.watch import watch_linears
 
 # Rounding alone leaves the two sides of the identity within about 2 √d_in · eps · ‖W‖/‖Δ‖ of each other, 2e-4 for d_in = 14336
 # and an error of 5 %; the bugs it is there to catch (stale or missing feedback) change one side by tens of percent.
@@ -53,28 +54,14 @@ class Record:
     seconds: float
 
 
-@contextmanager
-def watch_inputs(watchers: dict[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Calls watchers[module](x) with the input x of each module as it runs; the only hooks in this library."""
-
-    def hook(watch: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: watch(args[0])
-
-    handles = [module.register_forward_pre_hook(hook(watch)) for module, watch in watchers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def quantize_model(
-    adapter: Adapter, batches: Sequence[Tensor] | None, config: QuantConfig
+    adapter: Adapter, batches: Sequence[Tensor] | None, config: QuantConfig, token_weights: TokenWeights | None = None
 ) -> Iterator[tuple[Record, Quantized]]:
     """Quantizes the model in place and yields (record, weight) for each linear as it is done.
 
-    `batches`: token ids (n, length) each, on the model's device; None for methods that need no calibration.
+    `batches`: token ids (n, length) each, on the model's device; None for methods that need no calibration.  `token_weights`: for
+    the same batches, what each token counts for in H (ptq.token_weights); every token counts the same without.
     Raises ValueError, before any work, for whatever `make_plan` finds, and later for non-finite activations or an H that damping
     does not cure, naming layer and stage; CertificateError where the loss identity fails.
     """
@@ -88,7 +75,7 @@ def quantize_model(
             for stage in adapter.stages
         ]
         stages = [stage for stage in stages if stage]
-        hessians = collect_hessians(adapter, layer, stages, hidden)
+        hessians = collect_hessians(adapter, layer, stages, hidden, token_weights)
         for stage in stages:
             try:
                 yield from quantize_stage(stage, hessians.pop(0) if hessians else None, config)
@@ -105,17 +92,25 @@ def linear_of(layer: nn.Module, name: str) -> nn.Linear:
 
 
 def collect_hessians(
-    adapter: Adapter, layer: nn.Module, stages: list[dict[str, nn.Linear]], hidden: list[Tensor]
+    adapter: Adapter,
+    layer: nn.Module,
+    stages: list[dict[str, nn.Linear]],
+    hidden: list[Tensor],
+    token_weights: TokenWeights | None,
 ) -> list[Hessian]:
     """One Hessian per stage from one pass of `hidden` through the layer."""
     if not hidden:
         return []
-    readers = [next(iter(stage.values())) for stage in stages]
-    hessians = [Hessian(reader.in_features, device=reader.weight.device) for reader in readers]
-    with watch_inputs({reader: hessian.add for reader, hessian in zip(readers, hessians, strict=True)}):
-        for x in hidden:
+    readers = {linear: name for stage in stages for name, linear in [next(iter(stage.items()))]}
+    hessians = {linear: Hessian(linear.in_features, device=linear.weight.device) for linear in readers}
+    for i, x in enumerate(hidden):
+
+        def see(linear: nn.Module, x: Tensor, _y: Tensor, i: int = i) -> None:
+            hessians[linear].add(x, token_weights[readers[linear]][i] if token_weights else None)
+
+        with watch_linears(hessians, see):
             adapter.forward(layer, x)
-    return hessians
+    return list(hessians.values())
 
 
 def quantize_stage(

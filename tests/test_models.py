@@ -23,7 +23,7 @@ def test_replaying_the_layers_gives_the_models_logits(family, dtype):
             inputs = {layer.get_submodule(linear).in_features for linear in stage}
             assert len(inputs) == 1
     assert names == ["model.layers.0", "model.layers.1"]
-    assert torch.equal(model.lm_head(model.model.norm(hidden)), model(tokens).logits)
+    assert torch.equal(adapter.logits(hidden), model(tokens).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,8 @@ from ptq.hessian import Hessian
 from ptq.methods.solution import Solution
 from ptq.models.llama import LlamaAdapter
 from ptq.plan import make_plan, with_block
-from ptq.runner import CertificateError, certify, quantize_model, watch_inputs
+from ptq.runner import CertificateError, certify, quantize_model
+from ptq.watch import watch_linears
 
 from .tiny import tiny_model
 
@@ -57,7 +58,7 @@ def test_records_equal_a_computation_from_scratch(dtype):
         hidden[i] = adapter.forward(layer0, x)
     old = original.model.layers[1]
     seen: list[torch.Tensor] = []
-    with torch.no_grad(), watch_inputs({old.mlp.down_proj: seen.append}):
+    with torch.no_grad(), watch_linears([old.mlp.down_proj], lambda _, x, y: seen.append(x)):
         for x in hidden:
             adapter.forward(old, x)
     X = torch.cat(seen).flatten(0, 1).double()
@@ -92,12 +93,12 @@ def test_certificate_is_on_every_gptq_linear_and_catches_wrong_feedback():
 def test_hooks_are_gone_after_an_exception():
     model = tiny_model()
 
-    def fail(x):
+    def fail(*_):
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"), watch_inputs({model.model.layers[0].mlp.down_proj: fail}):
+    with pytest.raises(RuntimeError, match="stop"), watch_linears([model.model.layers[0].mlp.down_proj], fail):
         model(tokens(1))
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_only_one_layer_has_hessians(monkeypatch):

@@ -1,0 +1,21 @@
+"""The only hooks in this library."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def watch_linears(linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
+    """Calls see(linear, x, y) with input x and output y of each linear as it runs; the hooks are gone when the block is left."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        see(module, args[0], output)
+
+    handles = [linear.register_forward_hook(hook) for linear in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch import nn
+
+from ptq.config import QuantConfig
+from ptq.hessian import Hessian
+from ptq.models.llama import LlamaAdapter
+from ptq.runner import quantize_model
+from ptq.token_weights import token_weights
+
+from .tiny import tiny_model
+
+TOKENS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(5))
+
+
+def test_equal_one_backward_pass_through_the_whole_model():
+    model = tiny_model("qwen2")
+    weights = token_weights(LlamaAdapter(model), TOKENS.split(3))
+    outputs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "layers" in name:
+            module.register_forward_hook(lambda _m, _x, y, name=name: outputs.update({name: y}))
+    logits = model(TOKENS).logits
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum")
+    gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
+    for layer in ("model.layers.0", "model.layers.1"):
+        for stage in LlamaAdapter(model).stages:
+            expected = sum(gradients[f"{layer}.{name}"].square().sum(-1) for name in stage)
+            ours = torch.cat(weights[f"{layer}.{stage[0]}"])
+            # two orders of float32 sums through two layers
+            assert torch.allclose(ours, torch.as_tensor(expected), rtol=1e-4, atol=1e-6 * float(ours.max()))
+
+
+def test_sampled_labels_follow_their_seed():
+    adapter = LlamaAdapter(tiny_model())
+    first, again, other = (token_weights(adapter, TOKENS.split(2), seed=seed) for seed in (0, 0, 1))
+    for name, batches in first.items():
+        assert all(torch.equal(a, b) for a, b in zip(batches, again[name], strict=True))
+        assert not torch.equal(batches[0], other[name][0])
+
+
+def test_no_gradient_and_no_hook_stays_behind():
+    model = tiny_model()
+    token_weights(LlamaAdapter(model), TOKENS.split(2))
+    assert all(p.grad is None for p in model.parameters()) and not any(m._forward_hooks for m in model.modules())
+
+
+def test_weighted_hessian_is_the_weighted_mean():
+    X, w = torch.randn(50, 16), torch.rand(50)
+    hessian = Hessian(16)
+    for x, part in zip(X.split(20), w.split(20), strict=True):
+        hessian.add(x, 1e9 * part)
+    expected = (X.T * w) @ X / w.sum()
+    assert hessian.tokens == 50 and torch.allclose(hessian.mean(), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="weights of 50 calibration tokens add up to 0"):
+        nothing = Hessian(16)
+        nothing.add(X, 0 * w)
+        nothing.mean()
+
+
+def test_weights_reach_the_solve():
+    """Tokens of weight zero might as well not be there."""
+    config = QuantConfig(rule="local")
+    parts = TOKENS.split(2)
+    ones = token_weights(LlamaAdapter(tiny_model()), parts)
+    first_only = {name: [torch.ones(2, 24), torch.zeros(2, 24)] for name in ones}
+    weighted = [q.codes for _, q in quantize_model(LlamaAdapter(tiny_model()), parts, config, first_only)]
+    alone = [q.codes for _, q in quantize_model(LlamaAdapter(tiny_model()), parts[:1], config)]
+    assert all(torch.equal(a, b) for a, b in zip(weighted, alone, strict=True))
