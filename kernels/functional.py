@@ -25,7 +25,9 @@ def nvfp4_naive_triton(W: Tensor, dim: int = -1, return_dequant: bool = False, *
     return run(W, NVFP4, dim, return_dequant, None, None, tensor_scale, search=False)
 
 
-def nvfp4_optimal_triton(W: Tensor, dim: int = -1, return_dequant: bool = False, *, tensor_scale: Tensor | None = None) -> Result:
+def nvfp4_optimal_triton(
+    W: Tensor, dim: int = -1, return_dequant: bool = False, *, tensor_scale: Tensor | None = None
+) -> Result:
     """E4M3 scales of smallest squared error."""
     return run(W, NVFP4, dim, return_dequant, None, None, tensor_scale, search=True)
 
@@ -72,7 +74,7 @@ def run(
     search: bool,
     weighted: bool = False,
 ) -> Result:
-    """(scales float32, values like W float32[, dequantized like W float32]) of W, whose dimension `dim` is one block of 16 or 32.
+    """(scales, values like W[, dequantized like W]), all float32, of W, whose dimension `dim` is one block of 16 or 32.
 
     `scales` has W's shape without `dim`.  The blocks, in order, go through the blocks of H in turn.  A block of zeros reports
     scale 0 for NVFP4.  Raises ValueError for another block size, or for a Hessian that is missing or does not fit.
@@ -92,9 +94,8 @@ def run(
     x = last.reshape(-1, width)
     if search:
         scales = search_scales(x, format, one, prepared)
-    scales, values, products = quantize_blocks(x, format, one, scales=scales, out="products" if return_dequant else "values")
-    if format.tensor_scale:
-        scales = scales.masked_fill((values.view(-1, block) == 0).all(-1).view_as(scales), 0) if False else scales
+    out = "products" if return_dequant else "values"
+    scales, values, products = quantize_blocks(x, format, one, scales=scales, out=out, zero=format.tensor_scale)
     result = (scales.view(last.shape[:-1]), values.view(last.shape).movedim(-1, dim))
     return result if products is None else (*result, products.view(last.shape).movedim(-1, dim))
 

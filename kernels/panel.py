@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ptq.formats import E4M3, Format
 from ptq.hessian import block_diagonal
-from ptq.kernels.rounding import absmax_scale, decode_scale, quantize_e2m1, quotient, scale_above
+from ptq.kernels.matmul import subtract_product
+from ptq.kernels.rounding import absmax_scale, decode_scale, quantize_e2m1, scale_above
 from ptq.kernels.search import MARGIN, load_all, prepare, quadratic_form, sum_of_squares
 
-ROWS_PER_PROGRAM = 8
+# Rows × candidates: one thread each, and at 4096 rows the grid fills the chip once.
+ROWS_PER_PROGRAM, CANDIDATES = 16, 8
 RULES = ("absmax", "mse", "local", "schur", "joint")
 
 
@@ -79,7 +81,23 @@ def candidate_loss(x, s, u, inverses, u_ptr, g, g_ptr, RULE: tl.constexpr):
 
 
 @triton.jit
-def choose_code(x, amax, lane, u, inverses, u_ptr, g, g_ptr, c_ptr, CHUNK: tl.constexpr, E4M3: tl.constexpr, RULE: tl.constexpr):
+def smallest_scale(x, best, c_ptr, RULE: tl.constexpr):
+    """The scale below which clipping alone loses to the best loss of the row."""
+    known = tl.sqrt(tl.min(best, axis=1))[:, None]
+    lowest = tl.zeros(best.shape, tl.float32)
+    for i in tl.static_range(len(x)):
+        if RULE == "mse":
+            room = known
+        else:
+            room = known * tl.load(c_ptr + i)
+        lowest = tl.maximum(lowest, tl.abs(x[i]) - room)
+    return lowest * (MARGIN / 6.0)
+
+
+@triton.jit
+def choose_code(
+    x, amax, lane, u, inverses, u_ptr, g, g_ptr, c_ptr, CHUNK: tl.constexpr, E4M3: tl.constexpr, RULE: tl.constexpr
+):  # fmt: skip
     """Code (ROWS, 1) of the smallest loss."""
     LAST: tl.constexpr = 126 if E4M3 else 254
     HALVES: tl.constexpr = 16 if E4M3 else 2
@@ -87,41 +105,28 @@ def choose_code(x, amax, lane, u, inverses, u_ptr, g, g_ptr, c_ptr, CHUNK: tl.co
     start = tl.minimum(scale_above(amax, E4M3), LAST)
     best = tl.full(amax.shape, float("inf"), tl.float32)
     best_code = start
+    lowest = tl.zeros(amax.shape, tl.float32)
     code = start - BELOW + lane
-    going = 1
-    while going > 0:
+    step = CHUNK
+    while step != 0:
         s = decode_scale(tl.clamp(code.to(tl.float32), 1.0, LAST).to(tl.int32), E4M3)
         loss, largest = candidate_loss(x, s, u, inverses, u_ptr, g, g_ptr, RULE)
-        better = (code >= 1) & (code <= LAST) & (loss < best)
+        valid = (code >= 1) & (code <= LAST)
+        better = valid & ((loss < best) | ((loss == best) & (code < best_code)))
         best = tl.where(better, loss, best)
         best_code = tl.where(better, code, best_code)
-        last = (code >= LAST) | ((largest == 0) & (code >= 1))
-        if RULE == "mse":
-            last = last | ((3.0 * s >= amax) & (code >= HALVES))
-        going = 1 - tl.min(tl.max(last.to(tl.int32), axis=1), axis=0)
-        code += CHUNK
-
-    known = tl.sqrt(tl.min(best, axis=1))[:, None]
-    lowest = tl.zeros(amax.shape, tl.float32)
-    for i in tl.static_range(len(x)):
-        if RULE == "mse":
-            room = known
-        else:
-            room = known * tl.load(c_ptr + i)
-        lowest = tl.maximum(lowest, tl.abs(x[i]) - room)
-    lowest *= MARGIN / 6.0
-    code = start - BELOW - CHUNK + lane
-    going = 1
-    while going > 0:
-        s = decode_scale(tl.maximum(code, 1), E4M3)
-        possible = (code >= 1) & (s >= lowest)
-        going = tl.max(tl.max(possible.to(tl.int32), axis=1), axis=0)
-        if going > 0:
-            loss, largest = candidate_loss(x, s, u, inverses, u_ptr, g, g_ptr, RULE)
-            better = possible & (loss <= best)
-            best = tl.where(better, loss, best)
-            best_code = tl.where(better, code, best_code)
-        code -= CHUNK
+        code += step
+        if step > 0:
+            last = (code - step >= LAST) | ((largest == 0) & valid)
+            if RULE == "mse":
+                last = last | ((3.0 * s >= amax) & (code - step >= HALVES))
+            if tl.min(tl.max(last.to(tl.int32), axis=1), axis=0) == 1:
+                lowest = smallest_scale(x, best, c_ptr, RULE)
+                code = start - BELOW - CHUNK + lane
+                step = -CHUNK
+        if step < 0:
+            possible = (code >= 1) & (decode_scale(tl.maximum(code, 1), E4M3) >= lowest)
+            step = tl.where(tl.max(tl.max(possible.to(tl.int32), axis=1), axis=0) == 1, step, 0)
     smallest = tl.min(best, axis=1)[:, None]
     return tl.min(tl.where(best == smallest, best_code, LAST), axis=1)[:, None]
 
@@ -137,8 +142,7 @@ def panel_kernel(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     lane = tl.arange(0, CHUNK)[None, :]
     inside = row < rows
-    single = inside & (lane == 0)
-    wide = (row + lane) * 0
+    row_of = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     loss = tl.zeros([ROWS, CHUNK], tl.float64)
     for b in range(width // K):
         column = b * K
@@ -149,7 +153,10 @@ def panel_kernel(
         g = ()
         amax = tl.zeros([ROWS, CHUNK], tl.float32)
         for c in tl.static_range(K):
-            x = x + (tl.load(x_ptr + row * x_stride + column + c + wide, mask=inside, other=0.0),)
+            # One coalesced load for CHUNK columns, from which each is spread over its row's threads: the sum has one term.
+            if c % CHUNK == 0:
+                tile = tl.load(x_ptr + row * x_stride + column + c + lane, mask=inside, other=0.0)
+            x = x + (tl.sum(tl.where(lane == c % CHUNK, tile, 0.0), axis=1)[:, None] + tl.zeros([ROWS, CHUNK], tl.float32),)
             amax = tl.maximum(amax, tl.abs(x[c]))
             inverses = inverses + (tl.div_rn(1.0, tl.load(block_ptr + c * K + c)),)
         if K == 16 and RULE == "joint":
@@ -159,30 +166,33 @@ def panel_kernel(
         if RULE == "absmax":
             s = absmax_scale(amax, ABSMAX)
         else:
-            code = choose_code(
-                x, amax, lane, u, inverses, block_ptr, g, g_ptr + b * TRIANGLE, c_ptr + b * K, CHUNK, E4M3, RULE
-            )
+            code = choose_code(x, amax, lane, u, inverses, block_ptr, g, g_ptr + b * TRIANGLE, c_ptr + b * K, CHUNK, E4M3, RULE)
             s = decode_scale(code + tl.zeros([ROWS, CHUNK], tl.int32), E4M3)
-        tl.store(scales_ptr + row * scales_stride + b + wide, s, mask=single)
+        tl.store(scales_ptr + row_of.to(tl.int64) * scales_stride + b, tl.max(s, axis=1), mask=row_of < rows)
         if K == 16 and RULE != "joint":
             u = load_above_diagonal(block_ptr, K)
         q, E = feed_forward(x, s, u, inverses, block_ptr)
         loss += sum_of_squares(E)
-        for c in tl.static_range(K):
-            tl.store(q_ptr + row * q_stride + column + c + wide, q[c], mask=single)
-            tl.store(e_ptr + row * e_stride + column + c + wide, E[c], mask=single)
-        for first in range(column + K, width, CHUNK):
-            later = first + lane
-            pointer = x_ptr + row * x_stride + later
-            here = inside & (later < width)
-            left = tl.load(pointer, mask=here, other=0.0)
-            for c in tl.static_range(K):
-                left -= E[c] * tl.load(u_ptr + (column + c) * u_stride + later, mask=later < width, other=0.0)
-            tl.store(pointer, left, mask=here)
+        for first in tl.static_range(0, K, CHUNK):
+            values, errors = q[first], E[first]
+            for c in tl.static_range(1, CHUNK):
+                values = tl.where(lane == c, q[first + c], values)
+                errors = tl.where(lane == c, E[first + c], errors)
+            tl.store(q_ptr + row * q_stride + column + first + lane, values, mask=inside)
+            tl.store(e_ptr + row * e_stride + column + first + lane, errors, mask=inside)
+        for first in range(column + K, width, 2 * CHUNK):
+            for part in tl.static_range(2):
+                later = first + part * CHUNK + lane
+                pointer = x_ptr + row * x_stride + later
+                here = inside & (later < width)
+                left = tl.load(pointer, mask=here, other=0.0)
+                for c in tl.static_range(K):
+                    left -= E[c] * tl.load(u_ptr + (column + c) * u_stride + later, mask=later < width, other=0.0)
+                tl.store(pointer, left, mask=here)
         # The next block's weights were just written by other threads of this program.
         tl.debug_barrier()
-    total = tl.load(loss_ptr + row + wide, mask=single, other=0.0) + loss
-    tl.store(loss_ptr + row + wide, total, mask=single)
+    total = tl.load(loss_ptr + row_of, mask=row_of < rows, other=0.0) + tl.max(loss, axis=1)
+    tl.store(loss_ptr + row_of, total, mask=row_of < rows)
 
 
 def block_factors(H_blocks: Tensor, U_blocks: Tensor, rule: str) -> tuple[Tensor, Tensor]:
@@ -213,7 +223,7 @@ def launch_panel(
     panel_kernel[(triton.cdiv(x.shape[0], ROWS_PER_PROGRAM),)](
         x, U, U_blocks, G, c, q, scales, E, loss, x.shape[0], x.shape[1],
         x.stride(0), U.stride(0), q.stride(0), scales.stride(0), E.stride(0),
-        K=format.block, ROWS=ROWS_PER_PROGRAM, CHUNK=16 if format.grid is E4M3 else 8, E4M3=format.grid is E4M3,
+        K=format.block, ROWS=ROWS_PER_PROGRAM, CHUNK=CANDIDATES, E4M3=format.grid is E4M3,
         ABSMAX=format.absmax.__name__, RULE=kernel_rule, num_warps=4,
     )  # fmt: skip
 
@@ -247,9 +257,9 @@ def sweep(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loop over panels, as ptq.methods.gptq.sweep: values q (r, n), scales (r, n/block), Σ err² per row (r,) float64.
 
-    x (r, n) float32, not changed.  A (n, n): damped Hessian.  U (n, n): its inverse factor.  Two levels: errors of a panel go at
-    once to the columns of its group of `outer`, and to those after the group in one matmul when the group is done: the same sums,
-    with fewer passes over x.
+    x (r, n) float32, not changed.  A (n, n): damped Hessian.  U (n, n): its inverse factor.  Two levels: errors of a panel go
+    at once to the columns of its group of `outer`, and to those after the group in one matmul when the group is done: the same
+    sums, with fewer passes over x.
     """
     check(x, format, rule)
     H_blocks, U_blocks = block_diagonal(A, format.block), block_diagonal(U, format.block)
@@ -270,5 +280,5 @@ def sweep(
                 q[:, columns], scales[:, blocks], E[:, own], loss, format, rule,
             )  # fmt: skip
             x[:, stop:end].addmm_(E[:, own], U[columns, stop:end], alpha=-1)
-        x[:, end:].addmm_(E, U[group:end, end:], alpha=-1)
+        subtract_product(x[:, end:], E, U[group:end, end:])
     return q, scales, loss

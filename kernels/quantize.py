@@ -10,38 +10,69 @@ import triton.language as tl
 from torch import Tensor
 
 from ptq.formats import E4M3, Format
-from ptq.kernels.rounding import absmax_scale, decode_e2m1, decode_scale, encode_e2m1, encode_scale, load_weights, quantize_e2m1
+from ptq.kernels.rounding import (
+    absmax_scale,
+    decode_e2m1,
+    decode_scale,
+    encode_e2m1,
+    encode_scale,
+    in_units,
+    quantize_e2m1,
+    quotient,
+    round_e2m1,
+)
 
-WEIGHTS_PER_PROGRAM = 4096
+WEIGHTS_PER_PROGRAM = 2048
+
+
+@triton.jit
+def larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def quantize_kernel(
     w_ptr, tensor_scale_ptr, scales_ptr, out_ptr, products_ptr, blocks_per_row, total, row_stride, column_stride,
-    K: tl.constexpr, BLOCKS: tl.constexpr, E4M3: tl.constexpr, ABSMAX: tl.constexpr, OUT: tl.constexpr,
+    K: tl.constexpr, BLOCKS: tl.constexpr, E4M3: tl.constexpr, ABSMAX: tl.constexpr, OUT: tl.constexpr, ZERO: tl.constexpr,
+    FLAT: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of a matrix, numbered along its rows.  ABSMAX names the rule, or is None and float32 scales are read.
 
     OUT: `packed` (two codes a byte; scales stored as codes), `codes` (uint8), `values` (float32), `products` (values, and times
-    their scale).
+    their scale).  FLAT: the matrix is contiguous.
     """
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < total
     k = tl.arange(0, K)
-    corner = block // blocks_per_row * row_stride + block % blocks_per_row * K * column_stride
     tensor_scale = tl.load(tensor_scale_ptr)
     inverse = tl.div_rn(1.0, tensor_scale)
-    pointers = w_ptr + (corner[:, None] + k[None, :] * column_stride)
-    x = load_weights(pointers, inside[:, None], tensor_scale, inverse, E4M3)
-    if ABSMAX is None:
-        s = tl.load(scales_ptr + block, mask=inside, other=1.0)
+    if FLAT:
+        corner = block * K
     else:
-        s = absmax_scale(tl.max(tl.abs(x), axis=1), ABSMAX)
-        if OUT == "packed":
-            tl.store(scales_ptr + block, encode_scale(s, E4M3).to(tl.uint8), mask=inside)
+        corner = block // blocks_per_row * row_stride + block % blocks_per_row * K * column_stride
+    w = tl.load(w_ptr + (corner[:, None] + k[None, :] * column_stride), mask=inside[:, None], other=0.0).to(tl.float32)
+    usual = 0
+    if ABSMAX == "nearest_e4m3":
+        # Finite, a normal scale, nothing saturates: then |x / s| < 7 and no weight needs a clamp.  A NaN fails the comparison.
+        amax = tl.reduce(tl.abs(w), 1, larger_or_nan) * inverse
+        usual = tl.min(((amax >= 0.125) & (amax <= 2688.0) | (block >= total)).to(tl.int32), axis=0)
+    if usual == 1:
+        x = quotient(w, tensor_scale, inverse)
+        s = absmax_scale(tl.max(tl.abs(x), axis=1), "nearest_e4m3")
+        q = round_e2m1(quotient(x, s[:, None], tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)[:, None]))
+    else:
+        x = in_units(w, tensor_scale, inverse, E4M3)
+        if ABSMAX is None:
+            s = tl.load(scales_ptr + block, mask=inside, other=1.0)
         else:
-            tl.store(scales_ptr + block, s, mask=inside)
-    q = quantize_e2m1(x, s[:, None], tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)[:, None])
+            s = absmax_scale(tl.max(tl.abs(x), axis=1), ABSMAX)
+        q = quantize_e2m1(x, s[:, None], tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)[:, None])
+    if OUT == "packed" and ABSMAX is not None:
+        tl.store(scales_ptr + block, encode_scale(s, E4M3).to(tl.uint8), mask=inside)
+    elif ZERO:
+        tl.store(scales_ptr + block, tl.where(tl.max(tl.abs(w), axis=1) == 0, 0.0, s), mask=inside)
+    elif ABSMAX is not None:
+        tl.store(scales_ptr + block, s, mask=inside)
     place = block[:, None] * K + k[None, :]
     if OUT == "packed":
         low, high = tl.split(tl.reshape(encode_e2m1(q), (BLOCKS, K // 2, 2)))
@@ -56,13 +87,15 @@ def quantize_kernel(
 
 
 def quantize_blocks(
-    W: Tensor, format: Format, tensor_scale: Tensor, *, scales: Tensor | None = None, out: str = "packed"
+    W: Tensor, format: Format, tensor_scale: Tensor, *, scales: Tensor | None = None, out: str = "packed", zero: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(scales (r, n/block), result, products) of W (r, n): round to nearest under the format's absmax scales or those given.
 
     W: float32, bfloat16 or float16, any strides.  tensor_scale: () float32 on W's device.  scales: float32, contiguous.
-    out: `packed` -> result (r, n/2) uint8, and scales as stored (float8_e4m3fn or uint8) if chosen here; `codes` -> (r, n) uint8;
+    out: `packed` -> result (r, n/2) uint8, and scales as stored (float8_e4m3fn or uint8) if chosen here;
+    `codes` -> (r, n) uint8;
     `values` -> (r, n) float32 in units of scale · tensor_scale; `products` -> values, and the dequantized weights as the third.
+    zero: blocks of zeros report scale 0 (float32 scales only).
     Raises ValueError for elements other than E2M1 or a width that the block does not divide.
     """
     check(W, format)
@@ -71,14 +104,16 @@ def quantize_blocks(
     absmax = None if scales is not None else format.absmax.__name__
     stored = format.grid.dtype if out == "packed" else torch.float32
     scales = W.new_empty((rows, blocks), dtype=stored) if scales is None else scales.contiguous()
-    width, dtype = (columns // 2, torch.uint8) if out == "packed" else (columns, torch.uint8 if out == "codes" else torch.float32)
+    width, dtype = (
+        (columns // 2, torch.uint8) if out == "packed" else (columns, torch.uint8 if out == "codes" else torch.float32)
+    )
     result = W.new_empty((rows, width), dtype=dtype)
     products = torch.empty_like(result) if out == "products" else None
     tile = WEIGHTS_PER_PROGRAM // format.block
     quantize_kernel[(triton.cdiv(rows * blocks, tile),)](
         W, tensor_scale, scales.view(torch.uint8) if stored.itemsize == 1 and absmax else scales, result,
         result if products is None else products, blocks, rows * blocks, W.stride(0), W.stride(1),
-        K=format.block, BLOCKS=tile, E4M3=format.grid is E4M3, ABSMAX=absmax, OUT=out,
+        K=format.block, BLOCKS=tile, E4M3=format.grid is E4M3, ABSMAX=absmax, OUT=out, ZERO=zero, FLAT=W.is_contiguous(),
     )  # fmt: skip
     return scales, result, products
 

@@ -101,13 +101,11 @@ def scale_above(amax, E4M3: tl.constexpr):
 
 
 @triton.jit
-def load_weights(pointers, mask, tensor_scale, inverse, E4M3: tl.constexpr):
-    """Weights in units of tensor_scale, float32, finite: NaN becomes 0, and what is beyond every scale's reach saturates there.
+def in_units(w, tensor_scale, inverse, E4M3: tl.constexpr):
+    """w / tensor_scale, finite: NaN becomes 0, and what is beyond every scale's reach saturates there.
 
     inverse = 1 / tensor_scale.  With E4M3 scales the limit is 2²² (6 · 448 is the largest value): far enough to change no
     choice, near enough for squares to be finite.
     """
-    x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     limit = 4194304.0 * tensor_scale if E4M3 else LARGEST * tl.minimum(tensor_scale, 1.0)
-    x = tl.where(x == x, tl.clamp(x, -limit, limit), 0.0)
-    return quotient(x, tensor_scale, inverse)
+    return quotient(tl.where(w == w, tl.clamp(w, -limit, limit), 0.0), tensor_scale, inverse)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ptq.formats import E4M3, Format
 from ptq.kernels.quantize import check
-from ptq.kernels.rounding import decode_scale, load_weights, quotient, round_e2m1, scale_above
+from ptq.kernels.rounding import decode_scale, in_units, quotient, round_e2m1, scale_above
 
 ROWS_PER_PROGRAM = 32
 # Bounds computed in float32 keep this distance, so that rounding cannot exclude a winner.
@@ -153,7 +153,8 @@ def search_kernel(
     x = ()
     amax = tl.zeros([ROWS], tl.float32)
     for i in tl.static_range(K):
-        x = x + (load_weights(corner + i * column_stride, row < rows, tensor_scale, inverse, E4M3),)
+        w = tl.load(corner + i * column_stride, mask=row < rows, other=0.0).to(tl.float32)
+        x = x + (in_units(w, tensor_scale, inverse, E4M3),)
         amax = tl.maximum(amax, tl.abs(x[i]))
     start = scale_above(amax, E4M3)
     unit = tl.full([ROWS], 1.0, tl.float32)
@@ -242,7 +243,8 @@ def search_scales(
 ) -> Tensor:
     """Scales (r, n/block) float32 of smallest loss for each block of W (r, n): r · r, or rᵀ M r with prepared = prepare(M).
 
-    W: float32, bfloat16 or float16, any strides.  tensor_scale: () float32 on W's device.  Blocks of zeros get the smallest scale.
+    W: float32, bfloat16 or float16, any strides.  tensor_scale: () float32 on W's device.
+    Blocks of zeros get the smallest scale.
     Raises ValueError for elements other than E2M1, a width that the block does not divide or an M of another shape.
     """
     check(W, format)

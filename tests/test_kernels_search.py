@@ -8,41 +8,93 @@ from ptq.formats import MXFP4, NVFP4, choose_tensor_scale, scale_values
 from ptq.kernels.search import prepare, search_scales
 from ptq.scales import residual
 
-ONE = torch.ones(())
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def spd(blocks, k, condition, seed=0):
+    """Blocks (blocks, k, k) float32 with random eigenvectors and eigenvalues from 1 to `condition`."""
     g = torch.Generator().manual_seed(seed)
     Q = torch.linalg.qr(torch.randn(blocks, k, k, generator=g, dtype=torch.float64))[0]
     spectrum = torch.logspace(0, torch.tensor(condition).log10().item(), k, dtype=torch.float64)
-    return ((Q * spectrum) @ Q.mT).float()
+    return ((Q * spectrum) @ Q.mT).float().to(DEVICE)
 
 
-def exhaustive(x, s, M):
-    """Smallest loss over every scale and the loss at s, float64: x (r, b, k), s (r, b)."""
-    x, values = x.double(), scale_values(FORMAT_OF[x.shape[-1]].grid, x.device).double()
+def exhaustive(x, s, M, format):
+    """Smallest loss over every scale of the grid, and the loss at s, in float64: x (r, b, k), s (r, b)."""
+    x = x.double()
 
     def loss(s):
-        r = residual(x, s, NVFP4.elements)
-        return r.square().sum(-1) if M is None else torch.einsum("rbi,bij,rbj->rb", r, M.double(), r)
+        r = residual(x, s, format.elements)
+        return (r if M is None else torch.einsum("rbi,bij->rbj", r, M.double())).mul(r).sum(-1)
 
-    best = torch.stack([loss(v.expand(x.shape[:-1])) for v in values]).amin(0)
+    best = torch.full(x.shape[:-1], torch.inf, dtype=torch.float64, device=x.device)
+    for value in scale_values(format.grid, x.device).double():
+        best = torch.minimum(best, loss(value.expand(best.shape)))
     return best, loss(s.double())
 
 
-FORMAT_OF = {16: NVFP4, 32: MXFP4}
+def assert_exhaustive(W, format, M, rtol):
+    """Every block's scale has the smallest loss, up to float32 rounding."""
+    ts = choose_tensor_scale(W, format)
+    s = search_scales(W, format, ts, None if M is None else prepare(M))
+    x = rearrange(W.float() / ts, "r (b k) -> r b k", k=format.block)
+    best, chosen = exhaustive(x, s, M, format)
+    worst = (chosen / best.clamp(min=1e-300)).amax()
+    assert (chosen <= best * (1 + rtol) + 1e-300).all(), f"{worst:.8f} times the smallest loss"
+
+
+def weights(rows, columns, dtype, seed=1):
+    """Rows of very different magnitudes; in bfloat16 many weights sit on a rounding midpoint of some scale."""
+    g = torch.Generator().manual_seed(seed)
+    W = torch.randn(rows, columns, generator=g) * 0.02 * torch.rand(rows, 1, generator=g).mul(6).exp2()
+    return W.to(dtype).to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("format", [NVFP4, MXFP4], ids=lambda f: f.name)
-@pytest.mark.parametrize("condition", [None, 1.0, 100.0, 1e6])
+@pytest.mark.parametrize("format,condition", [(NVFP4, None), (NVFP4, 1.0), (NVFP4, 300.0), (MXFP4, None), (MXFP4, 30.0)])
 def test_search_is_exhaustive(format, condition, dtype):
-    k = format.block
-    g = torch.Generator().manual_seed(1)
-    W = (torch.randn(37, 3 * k, generator=g) * 0.02 * torch.rand(37, 1, generator=g).mul(6).exp2()).to(dtype)
-    ts = choose_tensor_scale(W, format)
-    M = None if condition is None else spd(3, k, condition)
-    s = search_scales(W, format, ts, None if M is None else prepare(M))
-    x = rearrange(W.float() / ts, "r (b k) -> r b k", k=k)
-    best, chosen = exhaustive(x, s, M)
-    assert (chosen <= best * (1 + 2e-6)).all(), (chosen / best).max()
+    M = None if condition is None else spd(2, format.block, condition)
+    assert_exhaustive(weights(33, 2 * format.block, dtype), format, M, 2e-6)
+
+
+def test_exact_ties_go_to_the_smaller_scale():
+    # 12 = 12 · 1 = 8 · 1.5 = 6 · 2 …: the smallest scale that holds the value wins.
+    W = torch.zeros(4, 16, device=DEVICE)
+    W[:, 3] = torch.tensor([12.0, -12.0, 0.0, 2688.0])
+    one = torch.ones((), device=DEVICE)
+    eye = torch.eye(16, device=DEVICE)[None]
+    for prepared in (None, prepare(eye), prepare(0 * eye)):
+        assert search_scales(W, NVFP4, one, prepared)[:, 0].tolist() == [2.0, 2.0, 2.0**-9, 448.0]
+
+
+def test_dead_columns_and_extreme_weights():
+    M = torch.zeros(2, 16, 16, device=DEVICE)
+    M[0, 5, 5] = 1.0
+    W = weights(6, 32, torch.float32)
+    W[0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    W[1] = 1e-42
+    one = torch.ones((), device=DEVICE)
+    s = search_scales(W, NVFP4, one, prepare(M))
+    assert s[0, 1] < 448 and s.isfinite().all() and (s[1] == 2.0**-9).all()
+    assert torch.equal(s[:, 1], search_scales(W, NVFP4, one)[:, 1])
+    assert_exhaustive(W[2:], NVFP4, M, 2e-6)
+    tiny = search_scales(W[2:] * 2.0**-100, MXFP4, one)
+    assert torch.equal(tiny * 2.0**100, search_scales(W[2:], MXFP4, one))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", [NVFP4, MXFP4], ids=lambda f: f.name)
+@pytest.mark.parametrize("condition,rtol", [(None, 3e-6), (1.0, 3e-6), (30.0, 3e-6), (1e3, 1e-5), (1e6, 1e-3)])
+def test_search_is_exhaustive_on_many_blocks(format, condition, rtol, dtype):
+    M = None if condition is None else spd(64, format.block, condition)
+    assert_exhaustive(weights(1024, 64 * format.block, dtype), format, M, rtol)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements():
+    base = torch.zeros(2**17 + 3, 2**14, dtype=torch.bfloat16, device=DEVICE)
+    base[-3:, -32:] = weights(3, 32, torch.bfloat16)
+    W, one = base[:, -32:], torch.ones((), device=DEVICE)
+    found = search_scales(W, NVFP4, one, prepare(spd(2, 16, 10.0)))[-3:]
+    assert torch.equal(found, search_scales(W[-3:].contiguous(), NVFP4, one, prepare(spd(2, 16, 10.0))))

@@ -1,0 +1,38 @@
+"""float32 products on the matrix units of a GPU, by splitting each operand into three bfloat16 pieces.
+
+A float32 has 24 significant bits, a bfloat16 eight: A = A₁ + A₂ + A₃ exactly, each piece the rounding of what is left.  Of
+the nine products of pieces the six that matter (the others are below 2⁻²⁴ of the first) are summed in float32 by one bfloat16
+matmul of six times the depth.
+
+Source: Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
+computations".
+"""
+
+import torch
+from torch import Tensor
+
+# Piece of the left and of the right operand in each product, smallest products first.
+PRODUCTS = ((2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0))
+
+
+def pieces(A: Tensor) -> list[Tensor]:
+    """Three bfloat16 tensors like A (float32) that add up to it."""
+    found = []
+    for _ in range(3):
+        piece = A.bfloat16()
+        found.append(piece)
+        A = A - piece
+    return found
+
+
+def subtract_product(C: Tensor, A: Tensor, B: Tensor) -> None:
+    """C (m, n) -= A (m, k) B (k, n), in place, all float32; on a GPU by bfloat16 pieces."""
+    if not C.is_cuda:
+        C.addmm_(A, B, alpha=-1)
+        return
+    if C.shape[1] == 0:
+        return
+    left, right = pieces(A), pieces(B)
+    A = torch.cat([left[i] for i, _ in PRODUCTS], dim=1)
+    B = torch.cat([right[j] for _, j in PRODUCTS], dim=0)
+    torch.addmm(C, A, B, alpha=-1, out_dtype=torch.float32, out=C)

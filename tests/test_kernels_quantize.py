@@ -1,0 +1,99 @@
+"""Block quantize, packing, Hessians and the drop-in functions against plain torch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from einops import rearrange
+
+from ptq.formats import MXFP4, MXFP4_ROUND, NVFP4, choose_tensor_scale, encode_scales
+from ptq.hessian import add_blocks
+from ptq.hessian import inverse_factor as reference_factor
+from ptq.kernels import functional
+from ptq.kernels.hessian import block_hessian, inverse_factor
+from ptq.kernels.quantize import dequantize, pack, quantize_blocks, unpack
+from ptq.packing import Quantized
+from ptq.packing import pack as reference_pack
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMATS = [NVFP4, replace(NVFP4, block=32), MXFP4, replace(MXFP4, block=16), MXFP4_ROUND]
+
+
+def reference(W, format, ts):
+    """(codes, scales) by ptq.formats; NaN counts as 0, infinity as the largest float32."""
+    x = W.float().nan_to_num(0.0, 3.4028235e38, -3.4028235e38) / ts
+    x = rearrange(x, "r (b k) -> r b k", k=format.block)
+    scales = format.absmax(x.abs().amax(-1))
+    codes = format.elements.encode(format.elements.round(x / scales[..., None]))
+    return rearrange(codes, "r b k -> r (b k)"), scales
+
+
+def every_bfloat16(seed):
+    """All 65,536 patterns, shuffled so that a block holds a mixture of magnitudes, and sorted so that it does not."""
+    order = torch.randperm(2**16, generator=torch.Generator().manual_seed(seed))
+    patterns = torch.cat((order, torch.arange(2**16)))
+    W = patterns.to(torch.int32).to(torch.int16).view(torch.bfloat16).view(128, 1024).to(DEVICE)
+    # Triton's interpreter widens bfloat16 subnormals wrongly.
+    return W if W.is_cuda else torch.where(W.float().abs() < 2.0**-126, 0, W)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f"{f.name}-{f.block}")
+@pytest.mark.parametrize("exponent", [0, -7])
+def test_every_bfloat16(format, exponent):
+    ts = torch.tensor(2.0**exponent if format.tensor_scale else 1.0, device=DEVICE)
+    W = every_bfloat16(exponent)
+    codes, scales = reference(W, format, ts)
+    stored, packed, _ = quantize_blocks(W, format, ts)
+    assert torch.equal(stored.view(torch.uint8), encode_scales(scales, format.grid).view(torch.uint8))
+    assert torch.equal(unpack(packed), codes) and torch.equal(pack(codes), packed)
+    assert torch.equal(reference_pack(codes), packed)
+    assert torch.equal(quantize_blocks(W, format, ts, scales=scales, out="codes")[1], codes)
+    if format.tensor_scale:
+        Q = Quantized(codes, scales, ts, format).dequantize()
+        assert torch.equal(dequantize(packed, stored, ts, format, torch.float32), Q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (37, 352)])
+def test_odd_shapes_and_strides(shape, dtype):
+    W = torch.randn(shape[1], shape[0], device=DEVICE).to(dtype).T
+    ts = choose_tensor_scale(W, NVFP4)
+    codes, scales = reference(W, NVFP4, ts)
+    found, _, products = quantize_blocks(W, NVFP4, ts, out="products")
+    assert torch.equal(found, scales)
+    assert torch.equal(products, Quantized(codes, scales, ts, NVFP4).dequantize())
+    assert torch.equal(quantize_blocks(W[:, :16], NVFP4, ts, out="codes")[1], codes[:, :16])
+
+
+@pytest.mark.parametrize("tokens,columns,block", [(1, 16, 16), (70, 96, 32), (1100, 80, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_hessian(tokens, columns, block, dtype):
+    X = torch.randn(tokens, columns, device=DEVICE).to(dtype)
+    expected = torch.zeros(columns // block, block, block, dtype=torch.float64, device=DEVICE)
+    add_blocks(expected, X)
+    found = block_hessian(X, block)
+    scale = expected.diagonal(dim1=1, dim2=2).amax()
+    assert (found - expected).abs().max() <= 1e-6 * tokens**0.5 * scale
+
+
+@pytest.mark.parametrize("n", [16, 300, 1500])
+def test_inverse_factor(n):
+    X = torch.randn(2 * n, n, dtype=torch.float64, device=DEVICE)
+    A = X.T @ X
+    torch.testing.assert_close(inverse_factor(A), reference_factor(A), rtol=1e-9, atol=1e-12)
+
+
+def test_drop_in_shapes_and_zeros():
+    W = torch.randn(2, 16, 3, device=DEVICE)
+    W[1, :, 2] = 0
+    X = torch.randn(40, 48, device=DEVICE)
+    for function in (functional.nvfp4_naive_triton, functional.nvfp4_optimal_triton, functional.mxfp4_naive_triton):
+        scales, values, products = function(W, dim=1, return_dequant=True)
+        assert scales.shape == (2, 3) and values.shape == W.shape == products.shape
+        assert torch.equal(values * scales[:, None], products)
+    assert functional.nvfp4_optimal_triton(W, 1)[0][1, 2] == 0
+    scales, values = functional.nvfp4_optimal_hessian_triton(W.movedim(1, -1), X=X)
+    by_blocks = functional.nvfp4_optimal_hessian_triton(W.movedim(1, -1), H=block_hessian(X, 16))
+    assert torch.equal(values, by_blocks[1]) and torch.equal(scales, by_blocks[0])
+    with pytest.raises(ValueError, match="either"):
+        functional.nvfp4_optimal_hessian_triton(W.movedim(1, -1))
