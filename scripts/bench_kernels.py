@@ -204,10 +204,12 @@ def measure(call: Callable[[], object]) -> tuple[float, float, float]:
     return tuple(triton.testing.do_bench(call, warmup=25, rep=200, quantiles=[0.5, 0.2, 0.8]))
 
 
-def tests_pass() -> bool:
+def tests_pass(workers: int) -> bool:
+    """Runs the kernels' tests; on a GPU most of their time is compiling, which pytest-xdist's workers share."""
     root = Path(__file__).resolve().parent.parent
     files = sorted(str(path) for path in (root / "tests").glob("test_kernels*.py"))
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *files], cwd=root).returncode == 0
+    parallel = ["-n", str(workers)] if workers > 1 else []
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", *parallel, *files], cwd=root).returncode == 0
 
 
 def main() -> None:
@@ -216,9 +218,10 @@ def main() -> None:
     parser.add_argument("--modelopt", type=Path, help="folder of an unpacked nvidia-modelopt wheel")
     parser.add_argument("--sizes", action="store_true", help="smaller widths too, for the picture")
     parser.add_argument("--only", nargs="*", default=None, help="kernels to time")
+    parser.add_argument("--workers", type=int, default=1, help="processes for the tests (needs pytest-xdist)")
     parser.add_argument("--commit", default="unknown", help="recorded in the CSV")
     arguments = parser.parse_args()
-    if not tests_pass():
+    if not tests_pass(arguments.workers):
         raise SystemExit("the kernels' tests fail: no times are taken")
     machine = (torch.cuda.get_device_name(), torch.__version__, triton.__version__, arguments.commit)
     path = arguments.output / "kernels.csv"

@@ -25,8 +25,8 @@ def problem(rows, n, seed=0):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("format,n", [(NVFP4, 32), (MXFP4, 32)], ids=["nvfp4", "mxfp4"])
 def test_panel_is_that_of_torch(format, n, rule):
-    if format is MXFP4 and rule == "schur":
-        pytest.skip("as local")
+    if format is MXFP4 and rule in ("mse", "schur"):
+        pytest.skip("compiles for a minute and tests nothing new")
     x, A, U = problem(9, n)
     blocks = block_diagonal(A, format.block), block_diagonal(U, format.block)
     expected = reference(x.clone(), *blocks, U, format, rule)
@@ -50,8 +50,7 @@ def test_sweep_keeps_the_loss_identity(panel, outer):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("format", [NVFP4, MXFP4], ids=lambda f: f.name)
+@pytest.mark.parametrize("format,rule", [(NVFP4, rule) for rule in RULES] + [(MXFP4, "local"), (MXFP4, "joint")])
 def test_sweep_is_that_of_torch(format, rule):
     x, A, U = problem(300, 1024)
     expected = reference_sweep(x, A, U, format, rule, 128)
