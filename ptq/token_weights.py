@@ -8,7 +8,7 @@ One backward pass of the unquantized model, layer by layer: the input of every l
 way down each layer is run once more with its input requiring a gradient.  Weights are frozen, so nothing else is stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,21 @@ from ptq.adapter import Adapter
 from ptq.watch import watch_linears
 
 TokenWeights = dict[str, list[Tensor]]
+Layer = tuple[str, nn.Module]
 
 
-def token_weights(adapter: Adapter, batches: Sequence[Tensor], *, seed: int | None = None) -> TokenWeights:
+def token_weights(
+    adapter: Adapter,
+    batches: Sequence[Tensor],
+    *,
+    seed: int | None = None,
+    progress: Callable[[list[Layer]], Iterable[Layer]] = list,
+) -> TokenWeights:
     """For the first linear of each stage, by full name: one tensor (n, length) float32 per batch, not normalised.
 
     The loss is the sum of next-token negative log likelihoods: of the text itself, or with `seed` of labels sampled from the
-    model's own predictions, which makes the weights the Fisher information of its outputs.
+    model's own predictions, which makes the weights the Fisher information of its outputs.  `progress` may wrap the layers of the
+    way down to show how far it is.
     """
     generator = None if seed is None else torch.Generator(batches[0].device).manual_seed(seed)
     layers = list(adapter.layers())
@@ -36,7 +44,7 @@ def token_weights(adapter: Adapter, batches: Sequence[Tensor], *, seed: int | No
                 hidden[i] = adapter.forward(layer, x)
     gradients = [loss_gradient(adapter, x, tokens, generator) for x, tokens in zip(hidden, batches, strict=True)]
     weights: TokenWeights = {}
-    for prefix, layer in reversed(layers):
+    for prefix, layer in progress(layers[::-1]):
         kept = inputs.pop()
         for i, x in enumerate(kept):
             gradients[i] = layer_gradient(adapter, prefix, layer, x.to(gradients[i].device), gradients[i], weights)

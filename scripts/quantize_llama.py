@@ -14,6 +14,7 @@ import io
 import json
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,7 @@ from ptq.models.loading import load_model
 from ptq.plan import make_plan, with_block
 from ptq.runner import CertificateError, Record, quantize_model
 from ptq.scales import RULES
+from ptq.token_weights import TokenWeights, token_weights
 
 TOKENS_AT_ONCE = 4096
 VERIFY_TOKENS = 128
@@ -47,7 +49,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     how = parser.add_argument_group("method")
     how.add_argument("--format", choices=FORMATS, default="nvfp4", help="4-bit format (default: %(default)s)")
     how.add_argument("--method", choices=METHODS, default="gptq", help="rounding method (default: %(default)s)")
-    how.add_argument("--scales", choices=RULES, default="local", help="how block scales are chosen (default: %(default)s)")
+    how.add_argument(
+        "--scales", choices=RULES, help="how block scales are chosen (default: joint; local without token weights)"
+    )
+    how.add_argument(
+        "--token-weights",
+        choices=("none", "text", "sampled"),
+        help="what tokens count for: all the same, or by the loss gradient, of the text or of labels the model draws "
+        "(default: sampled for gptq, none for rtn)",
+    )
     how.add_argument("--block", type=int, help="weights per scale, for int4: 32, 64, 128 (default) or 256")
     how.add_argument("--damp", type=float, default=0.01, help="added to diag(H), relative to its mean (default: %(default)s)")
     how.add_argument(
@@ -72,6 +82,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="to run in (default: as stored)"
     )
     args = parser.parse_args(argv)
+    args.token_weights = args.token_weights or ("sampled" if args.method == "gptq" else "none")
+    args.scales = args.scales or ("joint" if args.method == "gptq" and args.token_weights != "none" else "local")
     for name in ("sequences", "windows", "length"):
         if getattr(args, name) is not None and getattr(args, name) < (2 if name == "length" else 1):
             parser.error(f"--{name} {getattr(args, name)}: too few")
@@ -105,7 +117,8 @@ def run(args: argparse.Namespace) -> dict:
     calibration = sample_windows(windows[args.calibration], args.sequences, args.seed, args.calibration)
     held_out = windows[args.evaluate][: args.windows] if args.evaluate else None
     originals = {"original": copy.deepcopy(model), "rtn": rounded(copy.deepcopy(model), config)} if args.evaluate else {}
-    records, packed = quantize(adapter, calibration.to(args.device), config, len(plan.linears))
+    batches = calibration.to(args.device).split(max(1, TOKENS_AT_ONCE // args.length))
+    records, packed = quantize(adapter, batches, config, len(plan.linears), weigh(adapter, batches, args))
     label = config.method if config.method == "gptq" or config.rule == "absmax" else f"{config.method}-{config.rule}"
     scores = score(originals | {label: model}, held_out)
     originals.clear()
@@ -133,6 +146,7 @@ def settings(args: argparse.Namespace, config: QuantConfig) -> dict:
         "format",
         "method",
         "scales",
+        "token_weights",
         "damp",
         "ignore",
         "calibration",
@@ -145,13 +159,20 @@ def settings(args: argparse.Namespace, config: QuantConfig) -> dict:
     return {name: getattr(args, name) for name in chosen} | {"block": config.format.block}
 
 
+def weigh(adapter: LlamaAdapter, batches: Sequence[Tensor], args: argparse.Namespace) -> TokenWeights | None:
+    if args.token_weights == "none":
+        return None
+    seed = args.seed if args.token_weights == "sampled" else None
+    return token_weights(adapter, batches, seed=seed, progress=lambda layers: tqdm(layers, "weigh", unit="layer", disable=None))
+
+
 def quantize(
-    adapter: LlamaAdapter, calibration: Tensor, config: QuantConfig, total: int
+    adapter: LlamaAdapter, batches: Sequence[Tensor], config: QuantConfig, total: int, weights: TokenWeights | None
 ) -> tuple[list[Record], dict[str, Tensor]]:
     """Quantizes the model behind the adapter, with a progress bar: the records and the checkpoint's tensors."""
-    batches = calibration.split(max(1, TOKENS_AT_ONCE // calibration.shape[1]))
     records, packed = [], {}
-    for record, quantized in tqdm(quantize_model(adapter, batches, config), "quantize", total, unit="linear", disable=None):
+    results = quantize_model(adapter, batches, config, weights)
+    for record, quantized in tqdm(results, "quantize", total, unit="linear", disable=None):
         records.append(record)
         packed |= checkpoint_tensors(record.name, quantized)
     return records, packed
