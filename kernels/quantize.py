@@ -22,7 +22,7 @@ from ptq.kernels.rounding import (
     round_e2m1,
 )
 
-WEIGHTS_PER_PROGRAM = 2048
+WEIGHTS_PER_PROGRAM = 4096
 
 
 @triton.jit

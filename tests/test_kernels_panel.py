@@ -50,7 +50,11 @@ def test_sweep_keeps_the_loss_identity(panel, outer):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("format,rule", [(NVFP4, rule) for rule in RULES] + [(MXFP4, "local"), (MXFP4, "joint")])
+@pytest.mark.parametrize(
+    "format,rule",
+    [(NVFP4, rule) for rule in RULES] + [(MXFP4, "local"), (MXFP4, "joint")],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_sweep_is_that_of_torch(format, rule):
     x, A, U = problem(300, 1024)
     expected = reference_sweep(x, A, U, format, rule, 128)
