@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from ptq.formats import E4M3, NVFP4, choose_tensor_scale, scale_values
-from ptq.hessian import damped
+from ptq.hessian import damped, inverse_factor
 from ptq.kernels import functional, hessian, panel, quantize, search
 
 ROWS, COLUMNS, TOKENS = 4096, 14336, 8192
@@ -163,7 +163,7 @@ def gptq_cases(rows: int, n: int, tokens: int) -> Iterator[Case]:
     A = damped(H / tokens, 0.01)
     del H, X
     flops = LANES_PER_MS * 2
-    yield "factor", "ptq", str(n), "float32", 2 * n**3 / 3 / flops, lambda: hessian.inverse_factor(A)
+    yield "factor", "ptq", str(n), "float32", 2 * n**3 / 3 / flops, lambda: inverse_factor(A)
     yield (
         "factor",
         "torch, three calls",
@@ -172,7 +172,7 @@ def gptq_cases(rows: int, n: int, tokens: int) -> Iterator[Case]:
         2 * n**3 / 3 / flops,
         lambda: torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(A)), upper=True),
     )
-    U = hessian.inverse_factor(A)
+    U = inverse_factor(A)
     W = weights(rows, n)
     x = W / choose_tensor_scale(W, NVFP4)
     for rule in ("joint", "local", "mse", "absmax"):
