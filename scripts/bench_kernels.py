@@ -205,7 +205,7 @@ def measure(call: Callable[[], object]) -> tuple[float, float, float]:
 
 
 def tests_pass(workers: int) -> bool:
-    """Runs the kernels' tests of NVFP4, which is what is timed; on a GPU most of their time is compiling, which pytest-xdist's workers share."""
+    """Whether the kernels' tests of NVFP4, which is what is timed, pass.  Most of their time is compiling, which workers share."""
     root = Path(__file__).resolve().parent.parent
     files = sorted(str(path) for path in (root / "tests").glob("test_kernels*.py"))
     parallel = ["-n", str(workers)] if workers > 1 else []
