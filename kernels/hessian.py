@@ -1,11 +1,9 @@
-"""Hessians and GPTQ's factor on the GPU.  The references are in ptq.hessian."""
+"""Hessians on the GPU.  The references are in ptq.hessian."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from ptq.hessian import NotPositiveDefiniteError
 
 COLUMNS_PER_PROGRAM = 64
 TOKENS_PER_PROGRAM = 1024
@@ -69,56 +67,3 @@ def add_full(H: Tensor, X: Tensor, strips: int = 4) -> None:
         strip = H[first:, own]
         torch.addmm(strip, X[:, first:].T, X[:, own], out_dtype=torch.float32, out=strip)
         H[own, below] = H[below, own].T
-
-
-def inverse_lower(L: Tensor, smallest: int = 1024) -> Tensor:
-    """L⁻¹ of a lower triangular L (n, n), by halves:  [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [-C⁻¹ B A⁻¹, C⁻¹]].
-
-    Nearly all of it is matmul, which a GPU does at several times the speed of a triangular solve.
-    """
-    out = torch.zeros_like(L, memory_format=torch.contiguous_format)
-    invert_lower_into(L, out, smallest)
-    return out
-
-
-def invert_lower_into(L: Tensor, out: Tensor, smallest: int) -> None:
-    n = L.shape[0]
-    if n <= smallest:
-        identity = torch.eye(n, dtype=L.dtype, device=L.device)
-        out.copy_(torch.linalg.solve_triangular(L, identity, upper=False))
-        return
-    half = (n // 2 + 127) // 128 * 128
-    invert_lower_into(L[:half, :half], out[:half, :half], smallest)
-    invert_lower_into(L[half:, half:], out[half:, half:], smallest)
-    left = multiply_by_lower(L[half:, :half], out[:half, :half], smallest)
-    lower_multiply_into(out[half:, half:], left, out[half:, :half], smallest)
-
-
-def multiply_by_lower(B: Tensor, A: Tensor, strip: int) -> Tensor:
-    """B A for a lower triangular A, without most of the products with its zeros."""
-    out = torch.empty_like(B, memory_format=torch.contiguous_format)
-    for first in range(0, A.shape[0], strip):
-        last = first + strip
-        torch.mm(B[:, first:], A[first:, first:last], out=out[:, first:last])
-    return out
-
-
-def lower_multiply_into(C: Tensor, B: Tensor, out: Tensor, strip: int) -> None:
-    """out = -C B for a lower triangular C, without most of the products with its zeros."""
-    for first in range(0, C.shape[0], strip):
-        last = first + strip
-        out[first:last].addmm_(C[first:last, :last], B[:last], beta=0, alpha=-1)
-
-
-def inverse_factor(A: Tensor) -> Tensor:
-    """U, upper triangular with A⁻¹ = Uᵀ U, as ptq.hessian.inverse_factor, but the reversed Cholesky factor inverted by halves.
-
-    A (n, n) symmetric positive definite.  Raises NotPositiveDefiniteError with the pivot that failed.
-    """
-    L, info = torch.linalg.cholesky_ex(A.flip(0, 1))
-    if int(info) or not L.diagonal().isfinite().all():
-        pivot = A.shape[0] - int(info)
-        raise NotPositiveDefiniteError(
-            f"H + damping is not positive definite (pivot {pivot} of {len(A)}); more calibration tokens or more damping help"
-        )
-    return inverse_lower(L).flip(0, 1)

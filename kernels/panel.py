@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ptq.formats import E4M3, Format
-from ptq.hessian import block_diagonal
 from ptq.kernels.matmul import subtract_product
 from ptq.kernels.rounding import absmax_scale, decode_scale, quantize_e2m1, scale_above
 from ptq.kernels.search import MARGIN, load_all, prepare, quadratic_form, sum_of_squares
+from ptq.linalg import block_diagonal
 
 # Rows × candidates: one thread each, and at 4096 rows the grid fills the chip once.
 ROWS_PER_PROGRAM, CANDIDATES = 16, 8

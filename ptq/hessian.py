@@ -9,19 +9,28 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ptq.kernels import hessian as kernels
+from ptq.linalg import inverse_lower
+
 
 class NotPositiveDefiniteError(ValueError):
     """H + damping has no Cholesky factor."""
 
 
 def add_full(H: Tensor, X: Tensor) -> None:
-    """H (d_in, d_in) += Xᵀ X, in place.  X (tokens, d_in), any float dtype."""
+    """H (d_in, d_in) += Xᵀ X, in place.  X (tokens, d_in), any float dtype; 16-bit ones on a GPU are not widened first."""
+    if X.is_cuda and X.dtype in (torch.bfloat16, torch.float16):
+        kernels.add_full(H, X)
+        return
     X = X.to(H.dtype)
     H.addmm_(X.T, X)
 
 
 def add_blocks(H: Tensor, X: Tensor) -> None:
     """H (d_in/block, block, block) += the diagonal blocks of Xᵀ X, in place, by one batched matmul.  X (tokens, d_in)."""
+    if X.is_cuda and H.dtype == torch.float32:
+        H += kernels.block_hessian(X, H.shape[-1])
+        return
     X = rearrange(X.to(H.dtype), "t (b k) -> b t k", k=H.shape[-1])
     H.baddbmm_(X.mT, X)
 
@@ -61,12 +70,6 @@ class Hessian:
         return self.sum / self.weight.float()
 
 
-def block_diagonal(H: Tensor, block: int) -> Tensor:
-    """The diagonal blocks (d_in/block, block, block) of H (d_in, d_in)."""
-    blocks = rearrange(H, "(a i) (b j) -> a b i j", i=block, j=block)
-    return blocks.diagonal(dim1=0, dim2=1).permute(2, 0, 1).contiguous()
-
-
 def damped(H: Tensor, damp: float) -> Tensor:
     """H + damp · mean(diag H) · I.  H (d_in, d_in), or diagonal blocks (b, k, k), whose mean is over all blocks."""
     amount = damp * H.diagonal(dim1=-2, dim2=-1).mean()
@@ -76,14 +79,13 @@ def damped(H: Tensor, damp: float) -> Tensor:
 def inverse_factor(A: Tensor) -> Tensor:
     """U, upper triangular with A⁻¹ = Uᵀ U.  A (d_in, d_in) symmetric positive definite, in A's dtype.
 
-    One Cholesky of the reversed matrix and one triangular solve, U = flip(inv(chol(flip A))), instead of Cholesky, inverse and
-    Cholesky again.  Raises NotPositiveDefiniteError with the pivot that failed.
+    One Cholesky of the reversed matrix and one triangular inverse, U = flip(inv(chol(flip A))), instead of Cholesky, inverse
+    and Cholesky again.  Raises NotPositiveDefiniteError with the pivot that failed.
     """
     L, info = torch.linalg.cholesky_ex(A.flip(0, 1))
     if int(info) or not L.diagonal().isfinite().all():
         pivot = A.shape[0] - int(info)
         raise NotPositiveDefiniteError(
-            f"H + damping is not positive definite (pivot {pivot} of {A.shape[0]}); more calibration tokens or more damping help"
+            f"H + damping is not positive definite (pivot {pivot} of {len(A)}); more calibration tokens or more damping help"
         )
-    identity = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
-    return torch.linalg.solve_triangular(L, identity, upper=False).flip(0, 1)
+    return inverse_lower(L).flip(0, 1)

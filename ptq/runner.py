@@ -101,12 +101,15 @@ def collect_hessians(
     """One Hessian per stage from one pass of `hidden` through the layer."""
     if not hidden:
         return []
-    readers = {linear: name for stage in stages for name, linear in [next(iter(stage.items()))]}
-    hessians = {linear: Hessian(linear.in_features, device=linear.weight.device) for linear in readers}
+    names: dict[nn.Module, str] = {}
+    hessians: dict[nn.Module, Hessian] = {}
+    for stage in stages:
+        name, linear = next(iter(stage.items()))
+        names[linear], hessians[linear] = name, Hessian(linear.in_features, device=linear.weight.device)
     for i, x in enumerate(hidden):
 
         def see(linear: nn.Module, x: Tensor, _y: Tensor, i: int = i) -> None:
-            hessians[linear].add(x, token_weights[readers[linear]][i] if token_weights else None)
+            hessians[linear].add(x, token_weights[names[linear]][i] if token_weights else None)
 
         with watch_linears(hessians, see):
             adapter.forward(layer, x)

@@ -133,7 +133,8 @@ def main() -> int:
         if fresh:
             writer.writeheader()
         for settings, score in measure(args):
-            writer.writerow(common | settings | {"ppl": round(score.ppl, 4), "kl": round(score.kl, 6)})
+            row: dict = common | settings | {"ppl": round(score.ppl, 4), "kl": round(score.kl, 6)}
+            writer.writerow(row)
             file.flush()
             print(f"{' '.join(map(str, settings.values())):60} ppl {score.ppl:8.3f}  KL {score.kl:.5f}", flush=True)
     return 0

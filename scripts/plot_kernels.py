@@ -1,6 +1,6 @@
 """Draws docs/kernels.png: time against the width of W (4096 rows), ours beside qwantize, from benchmarks/kernels.csv.
 
-    python scripts/plot_kernels.py [--csv benchmarks/kernels.csv] [--output docs/kernels.png]
+python scripts/plot_kernels.py [--csv benchmarks/kernels.csv] [--output docs/kernels.png]
 """
 
 import argparse

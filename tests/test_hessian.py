@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ptq.hessian import Hessian, NotPositiveDefiniteError, block_diagonal, damped, inverse_factor
+from ptq.hessian import Hessian, NotPositiveDefiniteError, damped, inverse_factor
+from ptq.linalg import block_diagonal
 
 # Two float32 sums of n products, in any order, differ by at most 2 n eps Σ|x y|.
 EPS = torch.finfo(torch.float32).eps
@@ -46,12 +47,14 @@ def test_no_tokens_are_refused():
         Hessian(8).mean()
 
 
-def test_inverse_factor():
-    X = torch.randn(100, 48, dtype=torch.float64)
+@pytest.mark.parametrize("n", [1, 48, 1500])
+def test_inverse_factor(n):
+    """1500 columns are inverted by halves."""
+    X = torch.randn(2 * n, n, dtype=torch.float64)
     A = damped(X.T @ X / 100, 0.01)
     U = inverse_factor(A)
     assert torch.equal(U, U.triu())
-    assert torch.allclose(U.T @ U @ A, torch.eye(48, dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(U.T @ U @ A, torch.eye(n, dtype=torch.float64), atol=1e-10)
     assert torch.allclose(U, torch.linalg.cholesky(torch.linalg.inv(A), upper=True), atol=1e-10)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ptq.formats import MXFP4, NVFP4
-from ptq.hessian import block_diagonal, damped, inverse_factor
+from ptq.hessian import damped, inverse_factor
 from ptq.kernels.panel import sweep, sweep_panel
+from ptq.linalg import block_diagonal
 from ptq.methods.gptq import sweep as reference_sweep
 from ptq.methods.gptq import sweep_panel as reference
 

@@ -8,9 +8,8 @@ from einops import rearrange
 
 from ptq.formats import MXFP4, MXFP4_ROUND, NVFP4, choose_tensor_scale, encode_scales
 from ptq.hessian import add_blocks
-from ptq.hessian import inverse_factor as reference_factor
 from ptq.kernels import functional
-from ptq.kernels.hessian import block_hessian, inverse_factor
+from ptq.kernels.hessian import block_hessian
 from ptq.kernels.quantize import dequantize, pack, quantize_blocks, unpack
 from ptq.packing import Quantized
 from ptq.packing import pack as reference_pack
@@ -74,13 +73,6 @@ def test_block_hessian(tokens, columns, block, dtype):
     found = block_hessian(X, block)
     scale = expected.diagonal(dim1=1, dim2=2).amax()
     assert (found - expected).abs().max() <= 1e-6 * tokens**0.5 * scale
-
-
-@pytest.mark.parametrize("n", [16, 300, 1500])
-def test_inverse_factor(n):
-    X = torch.randn(2 * n, n, dtype=torch.float64, device=DEVICE)
-    A = X.T @ X
-    torch.testing.assert_close(inverse_factor(A), reference_factor(A), rtol=1e-9, atol=1e-12)
 
 
 def test_drop_in_shapes_and_zeros():

@@ -7,7 +7,8 @@ import torch
 from einops import rearrange
 
 from ptq.formats import INT4_G128, MXFP4, NVFP4, scale_values
-from ptq.hessian import block_diagonal, damped, inverse_factor
+from ptq.hessian import damped, inverse_factor
+from ptq.linalg import block_diagonal
 from ptq.scales import RULES, choose_scales, feed_forward, search
 
 SEARCHES = ["mse", "local", "schur", "joint"]

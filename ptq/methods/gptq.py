@@ -8,6 +8,8 @@ mean diag(H), so that the stored layout stays as it is.  And the loss identity
 
 holds of a correct run up to rounding, whatever the scales: it is returned with the result, and the runner checks it.
 
+On a GPU the E2M1 formats run in a kernel (ptq.kernels.panel), of which `sweep` is the reference.
+
 A dead column (zero row of H) is rounded to nearest by itself: nothing is known about it, so no error enters or leaves it.
 """
 
@@ -15,8 +17,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ptq.formats import Format
-from ptq.hessian import block_diagonal, damped, inverse_factor
+from ptq.formats import E2M1, Format
+from ptq.hessian import damped, inverse_factor
+from ptq.kernels import panel as kernels
+from ptq.linalg import block_diagonal
 from ptq.methods.solution import Solution
 from ptq.packing import Quantized
 from ptq.scales import choose_scales, feed_forward
@@ -44,7 +48,8 @@ def gptq(
     W = W if W.dtype == torch.float64 else W.float()
     order = visit_order(H, format.block) if block_order else torch.arange(H.shape[0], device=W.device)
     x, A = (W / tensor_scale)[:, order], damped(H, damp).to(W.dtype)[order][:, order]
-    q, scales, row_loss = sweep(x, A, inverse_factor(A), format, rule, max(format.block, panel // format.block * format.block))
+    run = kernels.sweep if x.is_cuda and format.elements is E2M1 and x.dtype == torch.float32 else sweep
+    q, scales, row_loss = run(x, A, inverse_factor(A), format, rule, max(format.block, panel // format.block * format.block))
 
     undo = order.argsort()
     blocks = rearrange(undo, "(b k) -> b k", k=format.block)[:, 0] // format.block

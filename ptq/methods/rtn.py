@@ -4,8 +4,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ptq.formats import Format
-from ptq.hessian import block_diagonal, damped
+from ptq.formats import E2M1, Format
+from ptq.hessian import damped
+from ptq.kernels.quantize import quantize_blocks
+from ptq.kernels.search import prepare, search_scales
+from ptq.linalg import block_diagonal
 from ptq.methods.solution import Solution
 from ptq.packing import Quantized
 from ptq.scales import choose_scales
@@ -31,6 +34,8 @@ def rtn(
     if rule == "local" and H is not None:
         H = damped(H, damp).to(W.dtype)
         blocks = H if H.dim() == 3 else block_diagonal(H, format.block)
+    if W.is_cuda and format.elements is E2M1 and W.dtype == torch.float32:
+        return rtn_kernels(W, blocks, format, rule, tensor_scale)
     x = rearrange(W / tensor_scale, "r (b k) -> b r k", k=format.block)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=W.device)
     scales = torch.empty(x.shape[:2], dtype=torch.float32, device=W.device)
@@ -42,3 +47,12 @@ def rtn(
     return Solution(
         Quantized(rearrange(codes, "b r k -> r (b k)"), rearrange(scales, "b r -> r b").contiguous(), tensor_scale, format)
     )
+
+
+def rtn_kernels(W: Tensor, blocks: Tensor | None, format: Format, rule: str, tensor_scale: Tensor) -> Solution:
+    """The same on a GPU for the E2M1 formats."""
+    scales = None
+    if rule != "absmax":
+        scales = search_scales(W, format, tensor_scale, prepare(blocks) if rule == "local" and blocks is not None else None)
+    scales, codes, _ = quantize_blocks(W, format, tensor_scale, scales=scales, out="codes")
+    return Solution(Quantized(codes, scales, tensor_scale, format))
