@@ -13,26 +13,25 @@ from ptq.formats import Format
 class Quantized:
     """A weight in 4 bits.
 
-    codes (d_out, d_in) uint8, 0 … 15.  scales (d_out, d_in / block) float32, on the format's grid.  tensor_scale () float32.
+    codes (..., d_in) uint8, 0 … 15.  scales (..., d_in / block) float32, on the format's grid.  tensor_scale () float32.
+    `dim`: where the quantized dimension stood in the tensor; here it is the last.
     """
 
     codes: Tensor
     scales: Tensor
     tensor_scale: Tensor
     format: Format
+    dim: int = -1
 
     def dequantize(self) -> Tensor:
-        """Q (d_out, d_in) float32 = value(code) · (scale · tensor_scale)."""
+        """Q like the tensor that was quantized, float32 = value(code) · (scale · tensor_scale)."""
         table = torch.tensor(self.format.elements.values, device=self.codes.device)
         values = rearrange(table[self.codes.int()], "... (b k) -> ... b k", k=self.format.block)
-        return rearrange(values * (self.scales * self.tensor_scale)[..., None], "... b k -> ... (b k)")
+        return rearrange(values * (self.scales * self.tensor_scale)[..., None], "... b k -> ... (b k)").movedim(-1, self.dim)
 
     def rows(self, start: int, stop: int) -> "Quantized":
         """Output rows start … stop - 1, sharing the tensor_scale."""
         return Quantized(self.codes[start:stop], self.scales[start:stop], self.tensor_scale, self.format)
-
-    def to(self, device: torch.device | str) -> "Quantized":
-        return Quantized(self.codes.to(device), self.scales.to(device), self.tensor_scale.to(device), self.format)
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -114,6 +114,9 @@ def run(args: argparse.Namespace) -> dict:
         source: all_windows(lambda text: tokenizer(text, verbose=False)["input_ids"], documents, args.length, source)
         for source, documents in texts.items()
     }
+    largest = max(int(tokens.max()) for tokens in windows.values())
+    if largest >= model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+        raise ValueError(f"{args.model}: its tokenizer gives token {largest}, which the model has no embedding for")
     calibration = sample_windows(windows[args.calibration], args.sequences, args.seed, args.calibration)
     held_out = windows[args.evaluate][: args.windows] if args.evaluate else None
     originals = {"original": copy.deepcopy(model), "rtn": rounded(copy.deepcopy(model), config)} if args.evaluate else {}

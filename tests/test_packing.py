@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ptq.formats import FORMATS, NVFP4, choose_tensor_scale
-from ptq.methods.rtn import rtn
+from ptq.methods.rtn import quantize, rtn
 from ptq.packing import pack, pack_int32, unpack
 
 
@@ -35,3 +35,26 @@ def test_rows_share_the_tensor_scale():
     W = torch.randn(8, 64)
     quantized = rtn(W, None, NVFP4, rule="absmax", tensor_scale=choose_tensor_scale(W, NVFP4)).quantized
     assert torch.equal(quantized.rows(2, 5).dequantize(), quantized.dequantize()[2:5])
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -2])
+@pytest.mark.parametrize("rule", ["absmax", "mse"])
+def test_any_dimension_can_be_quantized(format, dim, rule):
+    """Like quantizing each line along the dimension by itself, under one tensor_scale."""
+    shape = [3, 2, 4]
+    shape[dim] = 256
+    W = torch.randn(shape)
+    scale = choose_tensor_scale(W, format)
+    Q = quantize(W, format, dim=dim, rule=rule).dequantize()
+    assert Q.shape == W.shape
+    lines, expected = Q.movedim(dim, -1).flatten(0, 1), W.movedim(dim, -1).flatten(0, 1)
+    for line, w in zip(lines, expected, strict=True):
+        assert torch.equal(line, quantize(w, format, rule=rule, tensor_scale=scale).dequantize())
+
+
+def test_shapes_and_values_that_cannot_be_quantized_are_refused():
+    with pytest.raises(ValueError, match=r"dimension 0 of \(15, 16\) does not divide into blocks of 16"):
+        quantize(torch.zeros(15, 16), NVFP4, dim=0)
+    with pytest.raises(ValueError, match="non-finite"):
+        quantize(torch.full((16,), float("inf")), NVFP4)

@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ptq.formats import E2M1, Format
+from ptq.formats import E2M1, Format, choose_tensor_scale
 from ptq.hessian import damped
 from ptq.kernels.quantize import quantize_blocks
 from ptq.kernels.search import prepare, search_scales
@@ -47,6 +47,27 @@ def rtn(
     return Solution(
         Quantized(rearrange(codes, "b r k -> r (b k)"), rearrange(scales, "b r -> r b").contiguous(), tensor_scale, format)
     )
+
+
+def quantize(
+    W: Tensor, format: Format, *, dim: int = -1, rule: str = "absmax", tensor_scale: Tensor | None = None
+) -> Quantized:
+    """A tensor of any shape rounded to nearest in blocks along `dim`, under scales chosen by `rule` (absmax or mse).
+
+    tensor_scale () float32; by default the one `choose_tensor_scale` gives.  Raises ValueError where the block does not divide
+    the dimension or a value is not finite.
+    """
+    if W.shape[dim] % format.block:
+        raise ValueError(f"dimension {dim} of {tuple(W.shape)} does not divide into blocks of {format.block}")
+    if not torch.isfinite(W).all():
+        raise ValueError("W holds non-finite values")
+    rows = W.movedim(dim, -1)
+    tensor_scale = choose_tensor_scale(W, format) if tensor_scale is None else tensor_scale
+    result = rtn(
+        rows.flatten(0, -2) if W.dim() > 1 else rows[None], None, format, rule=rule, tensor_scale=tensor_scale
+    ).quantized
+    scales = result.scales.view(*rows.shape[:-1], -1)
+    return Quantized(result.codes.view(rows.shape), scales, tensor_scale, format, dim)
 
 
 def rtn_kernels(W: Tensor, blocks: Tensor | None, format: Format, rule: str, tensor_scale: Tensor) -> Solution:
