@@ -31,6 +31,10 @@ from ptq.packing import Quantized, pack, pack_int32
 DTYPE = torch.bfloat16
 
 
+class ReadBackError(RuntimeError):
+    """A written checkpoint does not load as the model it was made of."""
+
+
 def pack_nvfp4(quantized: Quantized) -> dict[str, Tensor]:
     return pack_mxfp4(quantized) | {"weight_global_scale": (1 / quantized.tensor_scale).reshape(1)}
 
@@ -135,7 +139,7 @@ def verify(folder: Path, model: PreTrainedModel, tokens: Tensor) -> float:
     """Max |logit difference| on `tokens` (n, length) between the checkpoint as transformers loads it and `model`, in bfloat16.
 
     The model's parameters are turned to bfloat16 for good (its buffers are not: the rotary frequencies stay in fp32, as the loader
-    keeps them).  Raises ValueError where a tensor is missing from the checkpoint, or unexpected in it.
+    keeps them).  Raises ReadBackError where a tensor is missing from the checkpoint, or unexpected in it.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPE)
@@ -147,7 +151,7 @@ def verify(folder: Path, model: PreTrainedModel, tokens: Tensor) -> float:
         f"{kind}: {sorted(info[kind])[:3]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
     ]
     if problems:
-        raise ValueError(f"the checkpoint does not read back: {'; '.join(problems)}")
+        raise ReadBackError(f"the checkpoint does not read back: {'; '.join(problems)}")
     ours = model(tokens.to(device)).logits
     theirs = loaded.to(device).eval()(tokens.to(device)).logits
     return float((ours.float() - theirs.float()).abs().max())

@@ -25,6 +25,10 @@ class Plan:
     def weights(self) -> int:
         return sum(d_out * d_in for d_out, d_in in self.linears.values())
 
+    def checkpoint_bytes(self, parameters: int, format: Format) -> int:
+        """Size of the tensors of a checkpoint of a model with so many parameters: two bytes each but for the linears'."""
+        return 2 * (parameters - self.weights) + int(self.weights * format.bits_per_weight / 8)
+
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """True where `name` equals a pattern or matches a `re:` pattern from its start (the rule of compressed-tensors)."""

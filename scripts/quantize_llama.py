@@ -24,12 +24,13 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ptq
 from ptq.calibration import all_windows, read_documents, sample_windows
 from ptq.config import QuantConfig
 from ptq.eval.perplexity import Score, evaluate
-from ptq.export import check_output, checkpoint_tensors, staged, verify, write_checkpoint
+from ptq.export import ReadBackError, check_output, checkpoint_tensors, staged, verify, write_checkpoint
 from ptq.formats import FORMATS, get_format
 from ptq.methods import METHODS
 from ptq.models.llama import LlamaAdapter
@@ -41,6 +42,8 @@ from ptq.token_weights import TokenWeights, token_weights
 
 TOKENS_AT_ONCE = 4096
 VERIFY_TOKENS = 128
+SETTINGS = ("format", "method", "scales", "token_weights", "damp", "ignore")
+SETTINGS += ("calibration", "sequences", "length", "seed", "evaluate", "windows")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -67,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text.add_argument(
         "--calibration", default="builtin", metavar="TEXT", help=".txt, .jsonl[.gz], dataset id or builtin (default)"
     )
-    text.add_argument("--sequences", type=int, default=128, metavar="N", help="calibration sequences (default: %(default)s)")
+    text.add_argument("--sequences", type=int, metavar="N", help="calibration sequences (default: 128; of builtin, 64)")
     text.add_argument(
         "--length", type=int, default=1024, metavar="N", help="tokens a sequence or window (default: %(default)s)"
     )
@@ -82,6 +85,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="to run in (default: as stored)"
     )
     args = parser.parse_args(argv)
+    if args.sequences is None:
+        args.sequences = 64 if args.calibration == "builtin" else 128
     args.token_weights = args.token_weights or ("sampled" if args.method == "gptq" else "none")
     args.scales = args.scales or ("joint" if args.method == "gptq" and args.token_weights != "none" else "local")
     for name in ("sequences", "windows", "length"):
@@ -105,61 +110,53 @@ def run(args: argparse.Namespace) -> dict:
         model, tokenizer = load_model(args.model, dtype=dtype, device=args.device)
     adapter = LlamaAdapter(model)
     plan = make_plan(adapter, config)
-    dense = sum(p.numel() for p in model.parameters()) - plan.weights
-    size = int(2 * dense + plan.weights * format.bits_per_weight / 8)
+    size = plan.checkpoint_bytes(sum(parameter.numel() for parameter in model.parameters()), format)
     if args.output:
         check_output(args.output, int(1.05 * size) + 2**24)
 
-    windows = {
-        source: all_windows(lambda text: tokenizer(text, verbose=False)["input_ids"], documents, args.length, source)
-        for source, documents in texts.items()
-    }
-    largest = max(int(tokens.max()) for tokens in windows.values())
-    if largest >= model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
-        raise ValueError(f"{args.model}: its tokenizer gives token {largest}, which the model has no embedding for")
-    calibration = sample_windows(windows[args.calibration], args.sequences, args.seed, args.calibration)
-    held_out = windows[args.evaluate][: args.windows] if args.evaluate else None
+    calibration, held_out = token_windows(args, texts, model, tokenizer)
     originals = {"original": copy.deepcopy(model), "rtn": rounded(copy.deepcopy(model), config)} if args.evaluate else {}
     batches = calibration.to(args.device).split(max(1, TOKENS_AT_ONCE // args.length))
     records, packed = quantize(adapter, batches, config, len(plan.linears), weigh(adapter, batches, args))
     label = config.method if config.method == "gptq" or config.rule == "absmax" else f"{config.method}-{config.rule}"
     scores = score(originals | {label: model}, held_out)
     originals.clear()
-    report = {
-        "model": args.model,
-        "settings": settings(args, config),
-        **{name: asdict(value) for name, value in scores.items()},
-        "bytes": size,
-        "linears": [asdict(record) for record in records],
-        "versions": {"ptq": ptq.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
-    }
+    report = describe(args, config, size, records, scores)
     if args.output:
         with staged(args.output) as folder:
             write_checkpoint(folder, model, tokenizer, packed, format, plan.ignored)
             report["reload_max_abs_diff"] = reload_difference(folder, model, calibration)
             report["seconds"] = time.perf_counter() - begin
             (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    report["seconds"] = time.perf_counter() - begin
-    return report
+    return report | {"seconds": time.perf_counter() - begin}
 
 
-def settings(args: argparse.Namespace, config: QuantConfig) -> dict:
-    chosen = (
-        "format",
-        "method",
-        "scales",
-        "token_weights",
-        "damp",
-        "ignore",
-        "calibration",
-        "sequences",
-        "length",
-        "seed",
-        "evaluate",
-        "windows",
-    )
-    return {name: getattr(args, name) for name in chosen} | {"block": config.format.block}
+def token_windows(
+    args: argparse.Namespace, texts: dict[str, list[str]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tensor, Tensor | None]:
+    """Calibration sequences (n, length), and the windows to evaluate on, if any."""
+    windows = {
+        source: all_windows(lambda text: tokenizer(text, verbose=False)["input_ids"], documents, args.length, source)  # type: ignore[arg-type]
+        for source, documents in texts.items()
+    }
+    largest = max(int(tokens.max()) for tokens in windows.values())
+    if largest >= model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
+        raise ValueError(f"{args.model}: its tokenizer gives token {largest}, which the model has no embedding for")
+    calibration = sample_windows(windows[args.calibration], args.sequences, args.seed, args.calibration)
+    return calibration, windows[args.evaluate][: args.windows] if args.evaluate else None
+
+
+def describe(args: argparse.Namespace, config: QuantConfig, size: int, records: list[Record], scores: dict[str, Score]) -> dict:
+    """The report but for what writing adds to it."""
+    return {
+        "model": args.model,
+        "settings": {name: getattr(args, name) for name in SETTINGS} | {"block": config.format.block},
+        **{name: asdict(value) for name, value in scores.items()},
+        "bytes": size,
+        "linears": [asdict(record) for record in records],
+        "versions": {"ptq": ptq.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
+    }
 
 
 def weigh(adapter: LlamaAdapter, batches: Sequence[Tensor], args: argparse.Namespace) -> TokenWeights | None:
@@ -181,7 +178,7 @@ def quantize(
     return records, packed
 
 
-def rounded(model: transformers.PreTrainedModel, config: QuantConfig) -> transformers.PreTrainedModel:
+def rounded(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
     """The model after RTN with absmax scales, in place: the baseline."""
     baseline = QuantConfig(config.format, "rtn", "absmax", config.damp, config.ignore)
     for _ in quantize_model(LlamaAdapter(model), None, baseline):
@@ -189,20 +186,18 @@ def rounded(model: transformers.PreTrainedModel, config: QuantConfig) -> transfo
     return model
 
 
-def score(models: dict[str, transformers.PreTrainedModel], held_out: Tensor | None) -> dict[str, Score]:
+def score(models: dict[str, PreTrainedModel], held_out: Tensor | None) -> dict[str, Score]:
     if held_out is None:
         return {}
     return evaluate(models, tqdm(held_out, "evaluate", unit="window", disable=None))
 
 
-def reload_difference(folder: Path, model: transformers.PreTrainedModel, tokens: Tensor) -> float:
+def reload_difference(folder: Path, model: PreTrainedModel, tokens: Tensor) -> float:
     """What reading the checkpoint back changes, which must be nothing."""
     with quiet():
         difference = verify(folder, model, tokens[:1, :VERIFY_TOKENS])
     if difference:
-        raise RuntimeError(
-            f"the checkpoint reads back with logits {difference:.3g} away from the model it was made of; not kept"
-        )
+        raise ReadBackError(f"the checkpoint reads back with logits {difference:.3g} away from the model it was made of")
     return difference
 
 
@@ -238,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         print(table(run(args)))
-    except (ValueError, OSError, SafetensorError, CertificateError, torch.OutOfMemoryError, RuntimeError) as error:
+    except (ValueError, OSError, SafetensorError, CertificateError, ReadBackError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

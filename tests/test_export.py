@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ptq.config import QuantConfig
-from ptq.export import check_output, checkpoint_tensors, staged, verify, write_checkpoint
+from ptq.export import ReadBackError, check_output, checkpoint_tensors, staged, verify, write_checkpoint
 from ptq.formats import INT4_G128, MXFP4, NVFP4
 from ptq.models.llama import FAMILIES, LlamaAdapter
 from ptq.packing import pack_int32
@@ -112,7 +112,7 @@ def test_verify_sees_a_changed_scale_and_a_missing_tensor(tmp_path):
     assert verify(tmp_path, model, TOKENS) > 0
     del stored["model.layers.0.mlp.down_proj.weight_scale"]
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="does not read back: missing_keys"):
+    with pytest.raises(ReadBackError, match="does not read back: missing_keys"):
         verify(tmp_path, model, TOKENS)
 
 

@@ -142,10 +142,19 @@ def test_an_interrupted_write_leaves_nothing(main, job, capsys, monkeypatch):
     assert not output.exists() and not list(output.parent.glob(".out-*"))
 
 
-def test_nothing_to_do_is_refused(main, capsys):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give --output, --evaluate or both"),
+        (["--output", "x", "--sequences", "0"], "--sequences 0: too few"),
+        (["--output", "x", "--length", "1"], "--length 1: too few"),
+        (["--output", "x", "--format", "fp4"], "invalid choice: 'fp4'"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(main, capsys, arguments, message):
     with pytest.raises(SystemExit):
-        main(["model"])
-    assert "give --output, --evaluate or both" in capsys.readouterr().err
+        main(["model", *arguments])
+    assert message in capsys.readouterr().err
 
 
 def test_stories260k_is_refused_at_once_with_a_remedy_that_works(main, shared, tmp_path, capsys):
