@@ -1,5 +1,6 @@
 """What to do to a model: one frozen record, checked when it is made."""
 
+import re
 from dataclasses import dataclass, field
 
 from ptq.formats import NVFP4, Format
@@ -25,6 +26,11 @@ class QuantConfig:
             raise ValueError(f"unknown scale rule {self.rule!r}; there are {', '.join(RULES)}")
         if self.method == "rtn" and self.rule in ("schur", "joint"):
             raise ValueError(f"scale rule {self.rule!r} follows GPTQ's error feedback, which method rtn has none of; try local")
+        for pattern in self.ignore:
+            try:
+                re.compile(pattern.removeprefix("re:"))
+            except re.error as error:
+                raise ValueError(f"ignore pattern {pattern!r} is no regular expression: {error}") from None
         if not self.damp > 0:
             raise ValueError(f"damp must be positive, not {self.damp}")
 

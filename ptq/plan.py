@@ -55,7 +55,7 @@ def make_plan(adapter: Adapter, config: QuantConfig) -> Plan:
                     full: check_linear(full, layer.get_submodule(name)) for full, name in zip(names, stage, strict=True)
                 }
     for pattern in config.ignore:
-        if not any(matches(name, [pattern]) for name in ignored):
+        if not any(matches(name, [pattern]) for name in [*ignored, "lm_head"]):  # lm_head is never quantized
             raise ValueError(f"--ignore {pattern!r} matches no linear; names look like {next(iter(linears), '(none)')}")
     check_blocks(linears, config.format)
     if not linears:

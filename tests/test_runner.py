@@ -142,6 +142,7 @@ def test_calibration_is_asked_for_where_it_is_needed():
         ({"rule": "best"}, "unknown scale rule 'best'"),
         ({"method": "rtn", "rule": "joint"}, "'joint' follows GPTQ's error feedback"),
         ({"damp": 0.0}, "damp must be positive, not 0.0"),
+        ({"ignore": ("re:*down",)}, "ignore pattern 're:*down' is no regular expression: nothing to repeat"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(arguments, message):
@@ -151,7 +152,7 @@ def test_settings_that_do_not_fit_are_refused(arguments, message):
 
 def test_ignored_linears_are_left_alone():
     model = tiny_model()
-    config = replace(CONFIGS[0], ignore=("re:.*mlp.down_proj", "model.layers.0.self_attn.o_proj"))
+    config = replace(CONFIGS[0], ignore=("re:.*mlp.down_proj", "model.layers.0.self_attn.o_proj", "lm_head"))
     plan = make_plan(LlamaAdapter(model), config)
     assert len(plan.linears) == 11 and len(plan.ignored) == 3 and plan.weights == sum(a * b for a, b in plan.linears.values())
     done = [record.name for record, _ in quantize_model(LlamaAdapter(model), tokens().split(2), config)]
