@@ -43,12 +43,16 @@ RANK = {
     "ptq.models.llama": 13,
     "ptq.models.loading": 14,
     "ptq.eval": 14,
-    "scripts": 15,
+    "ptq.eval.checkpoint": 15,
+    "ptq.eval.harness": 15,
+    "ptq.eval.report": 15,
+    "ptq.eval.text": 16,
+    "scripts": 17,
 }
 ONLY_IN = {
     "transformers": ("ptq.models", "ptq.eval", "ptq.export", "scripts"),
     "triton": ("ptq.kernels", "scripts.bench_kernels"),
-    "lm_eval": ("ptq.eval",),
+    "lm_eval": ("ptq.eval.harness",),
 }
 
 

@@ -1,0 +1,119 @@
+"""Any checkpoint that transformers loads, quantized or not, for evaluation; and what it takes on disk."""
+
+import json
+import math
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from ptq.models.loading import locate
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`seconds`: to load the weights.  `files`: the weight files, here or in the hub's cache."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    seconds: float
+    files: list[Path]
+
+
+def load_any(source: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Loaded:
+    """A model in eval mode from a folder, a hub id or a GGUF file.
+
+    dtype: to run an unquantized model in; None, as stored (GGUF: float32).  Quantized ones run in the dtype they were stored for.
+    Raises ValueError for what cannot be loaded, also where weights are missing (they would be random), and for a tokenizer with
+    more words than the model has embeddings.
+    """
+    where, extra = locate(source)
+    try:
+        config = AutoConfig.from_pretrained(where, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(where, **extra)
+        begin = time.perf_counter()
+        model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
+            where, attn_implementation="sdpa", output_loading_info=True, **arguments(config, dtype, extra)
+        )
+        model = model.to(device).eval()
+        seconds = time.perf_counter() - begin
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ValueError(f"{source} cannot be loaded: {(str(error) or repr(error)).strip().splitlines()[0]}") from None
+    absent = [*info["missing_keys"], *info["mismatched_keys"]]
+    if absent:
+        raise ValueError(f"{source} lacks {len(absent)} tensors of the model, among them {sorted(map(str, absent))[0]}")
+    check_fit(tokenizer.vocab_size - 1, model, source)
+    return Loaded(model, tokenizer, seconds, weight_files(where, extra))
+
+
+def arguments(config: Any, dtype: torch.dtype | None, extra: Mapping[str, str]) -> dict[str, Any]:
+    """What from_pretrained is told besides the place."""
+    if "gguf_file" in extra:
+        gguf = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+        return {**extra, **gguf, "dtype": dtype or torch.float32}
+    quantized = getattr(config, "quantization_config", None)
+    return {"dtype": "auto" if quantized or dtype is None else dtype}
+
+
+def check_fit(largest: int, model: PreTrainedModel, source: str) -> None:
+    """Raises ValueError where the model has no embedding for token id `largest`."""
+    embeddings = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+    if largest >= embeddings:  # type: ignore[operator]
+        raise ValueError(
+            f"{source}: its tokenizer gives token {largest}, but the model has {embeddings} embeddings; not its own?"
+        )
+
+
+def weight_files(where: str, extra: Mapping[str, str]) -> list[Path]:
+    """The files that hold the weights; none where the place of a hub id in the cache is not known."""
+    if "gguf_file" in extra:
+        return [Path(where) / extra["gguf_file"]]
+    config = cached_file(where, "config.json", _raise_exceptions_for_missing_entries=False)
+    folder = Path(config).parent if config else Path(where)
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+
+
+def size_on_disk(files: Sequence[Path]) -> int | None:
+    """Bytes of the weight files."""
+    return sum(path.stat().st_size for path in files) or None
+
+
+def bits_per_weight(model: nn.Module, files: Sequence[Path]) -> float | None:
+    """Stored bits of the linears over their weights: codes, scales and zero points, no biases, not the output embedding.
+
+    From the headers of the safetensors files; None where there are none, or they name the linears otherwise than the model does.
+    """
+    stored: dict[str, int] = {}
+    for path in files:
+        if path.suffix == ".safetensors":
+            for name, size in tensor_bytes(path).items():
+                linear, _, part = name.rpartition(".")
+                if part != "bias":
+                    stored[linear] = stored.get(linear, 0) + size
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    shapes = {
+        name: (int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
+        for name, module in model.named_modules()
+        if hasattr(module, "in_features") and hasattr(module, "out_features") and module is not head
+    }
+    if not shapes or not shapes.keys() <= stored.keys():
+        return None
+    return 8 * sum(stored[name] for name in shapes) / sum(math.prod(shape) for shape in shapes.values())
+
+
+def tensor_bytes(path: Path) -> dict[str, int]:
+    """Bytes of each tensor, from the header: 8 bytes with its length, then JSON."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return {
+        name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
+    }
