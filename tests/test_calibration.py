@@ -26,6 +26,12 @@ def test_files_of_every_kind(tmp_path, name):
     assert read_documents(str(tmp_path / name)) == ([text, "b"] if ".jsonl" in name else [text])
 
 
+def test_a_line_separator_inside_a_json_string_ends_no_line(tmp_path):
+    text = "a\u2028b\x85c"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_documents(str(tmp_path / "a.jsonl")) == [text]
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
