@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ptq.models.loading import locate
+from ptq.models.loading import locate, weight_arguments
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,10 @@ def load_any(source: str, *, dtype: torch.dtype | None = None, device: str = "cp
     return Loaded(model, tokenizer, seconds, weight_files(where, extra))
 
 
-def arguments(config: Any, dtype: torch.dtype | None, extra: Mapping[str, str]) -> dict[str, Any]:
+def arguments(config: Any, dtype: torch.dtype | None, extra: dict[str, str]) -> dict[str, Any]:
     """What from_pretrained is told besides the place."""
     if "gguf_file" in extra:
-        gguf = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-        return {**extra, **gguf, "dtype": dtype or torch.float32}
+        return weight_arguments(extra) | {"dtype": dtype or torch.float32}
     quantized = getattr(config, "quantization_config", None)
     return {"dtype": "auto" if quantized or dtype is None else dtype}
 

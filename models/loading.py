@@ -1,5 +1,8 @@
 """A model and its tokenizer from a local folder, a hub id or a GGUF file."""
 
+import io
+import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +34,20 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(where, **extra)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} has no tokenizer that loads: {str(error).splitlines()[0]}") from None
-    weights: dict[str, Any] = dict(extra)
-    if "gguf_file" in extra and hasattr(transformers, "GgufConfig"):
-        weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    weights = weight_arguments(extra)
     dtype = dtype or (torch.float32 if "gguf_file" in extra else "auto")  # type: ignore[assignment]
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation="sdpa", **weights)
     except OSError as error:
         raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def weight_arguments(extra: dict[str, str]) -> dict[str, Any]:
+    """What from_pretrained needs besides the place: for a GGUF file, the order to unpack it where transformers would not."""
+    if "gguf_file" in extra and hasattr(transformers, "GgufConfig"):
+        return {**extra, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    return dict(extra)
 
 
 def locate(source: str) -> tuple[str, dict[str, str]]:
@@ -67,3 +75,8 @@ def check_files(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def quiet() -> AbstractContextManager:
+    """Keeps the progress bars that other libraries draw out of a log; a terminal may show them."""
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())

@@ -37,8 +37,8 @@ class Record:
     """What happened to one linear.
 
     `error`: ‖(W - Q) X‖ / ‖W X‖ on the calibration tokens, weighted as H is; `rtn_error` the same for RTN with absmax scales;
-    None without calibration.  `certificate`: relative difference of the two sides of the loss identity (gptq only).  `dead_inputs`: columns no
-    token reached.  `seconds`: this linear's share, by rows, of its stage.
+    None without calibration.  `certificate`: relative difference of the two sides of the loss identity (gptq only).
+    `dead_inputs`: columns no token reached.  `seconds`: this linear's share, by rows, of its stage.
     """
 
     name: str

@@ -130,7 +130,6 @@ RULES: dict[str, Callable[[Tensor, Tensor, Tensor], Objective] | None] = {
     "schur": lambda x, H, U: schur(U),
     "joint": lambda x, H, U: joint(U),
 }
-NEEDS_H = ("local", "schur", "joint")
 
 
 def choose_scales(x: Tensor, format: Format, rule: str, H: Tensor | None = None, U: Tensor | None = None) -> Tensor:
@@ -139,18 +138,23 @@ def choose_scales(x: Tensor, format: Format, rule: str, H: Tensor | None = None,
     H (b, k, k): diagonal blocks of the damped Hessian (rule `local`).  U (b, k, k): diagonal blocks of the factor of the damped
     inverse (`schur`, `joint`).  Raises ValueError for an unknown rule or a missing H or U.
     """
-    if rule not in RULES:
-        raise ValueError(f"unknown scale rule {rule!r}; there are {', '.join(RULES)}")
-    if rule == "local" and H is None:
-        raise ValueError("scale rule 'local' needs the block Hessians H")
-    if rule in ("schur", "joint") and U is None:
-        raise ValueError(f"scale rule {rule!r} needs the factor U, which method gptq computes")
+    check_rule(rule, H, U)
     make = RULES[rule]
     if make is None:
         return format.absmax(largest_magnitude(x))
     rows = max(1, ELEMENTS_AT_ONCE // (CANDIDATES_AT_ONCE * x.shape[0] * x.shape[2]))
     objective = make(x, H, U)  # type: ignore[arg-type]  # a rule that ignores H or U takes None
     return torch.cat([search(part, objective, format) for part in x.split(rows, dim=1)], dim=1)
+
+
+def check_rule(rule: str, H: Tensor | None, U: Tensor | None = None) -> None:
+    """Raises ValueError for an unknown rule or one that lacks its H or U."""
+    if rule not in RULES:
+        raise ValueError(f"unknown scale rule {rule!r}; there are {', '.join(RULES)}")
+    if rule == "local" and H is None:
+        raise ValueError("scale rule 'local' needs the block Hessians H")
+    if rule in ("schur", "joint") and U is None:
+        raise ValueError(f"scale rule {rule!r} needs the factor U, which method gptq computes")
 
 
 def search(x: Tensor, objective: Objective, format: Format) -> Tensor:

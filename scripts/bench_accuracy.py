@@ -69,9 +69,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def weights_of(model: transformers.PreTrainedModel, batches: tuple[Tensor, ...], seed: int) -> dict[str, TokenWeights | None]:
+def weights_of(
+    model: transformers.PreTrainedModel, batches: tuple[Tensor, ...], seed: int, wanted: set[str]
+) -> dict[str, TokenWeights | None]:
+    """Token weights by name, of those wanted: each but `none` is a backward pass."""
+    seeds = {"text": None, "sampled": seed}
     adapter = LlamaAdapter(model)
-    return {"none": None, "text": token_weights(adapter, batches), "sampled": token_weights(adapter, batches, seed=seed)}
+    return {name: None if name == "none" else token_weights(adapter, batches, seed=seeds[name]) for name in wanted}
 
 
 def measure(args: argparse.Namespace) -> Iterator[tuple[dict, Score]]:
@@ -87,7 +91,7 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[dict, Score]]:
     yield {"method": "original"}, evaluate({"original": model}, test)["original"]
     for seed in args.seeds:
         batches = sample_windows(calibration, args.sequences, seed, args.calibration[0]).to(args.device).split(16)
-        weights = weights_of(model, batches, seed)
+        weights = weights_of(model, batches, seed, {case.split("-")[2] for case in args.cases})
         for format in args.formats:
             for case in args.cases:
                 method, rule, weighing = case.split("-")

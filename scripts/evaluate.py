@@ -12,13 +12,12 @@ docs/evaluation.md says what the numbers mean.
 import argparse
 import functools
 import hashlib
-import io
 import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from ptq.eval.checkpoint import Loaded, bits_per_weight, load_any, size_on_disk
 from ptq.eval.harness import run_tasks, task_manager
 from ptq.eval.report import markdown, page
 from ptq.eval.text import Text, measure_text
-from ptq.models.loading import locate
+from ptq.models.loading import locate, quiet
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -187,11 +186,6 @@ def measure(label: str, loaded: Loaded, documents: list[str], args: argparse.Nam
     """The text's part of a result, with a progress bar."""
     text = Text(args.text, documents, args.window, args.windows)
     return measure_text(label, loaded, text, first, lambda windows: tqdm(windows, label, unit="window", disable=None))
-
-
-def quiet() -> AbstractContextManager:
-    """Keeps the progress bars that other libraries draw out of a log; a terminal may show them."""
-    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,12 +10,10 @@ report.json.  With --evaluate, the original, RTN with absmax scales and the resu
 
 import argparse
 import copy
-import io
 import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from ptq.export import ReadBackError, check_output, checkpoint_tensors, staged, 
 from ptq.formats import FORMATS, get_format
 from ptq.methods import METHODS
 from ptq.models.llama import LlamaAdapter
-from ptq.models.loading import load_model
+from ptq.models.loading import load_model, quiet
 from ptq.plan import make_plan, with_block
 from ptq.runner import CertificateError, Record, quantize_model
 from ptq.scales import RULES
@@ -199,11 +197,6 @@ def reload_difference(folder: Path, model: PreTrainedModel, tokens: Tensor) -> f
     if difference:
         raise ReadBackError(f"the checkpoint reads back with logits {difference:.3g} away from the model it was made of")
     return difference
-
-
-def quiet() -> AbstractContextManager:
-    """Keeps the progress bars that other libraries draw out of a log; a terminal may show them."""
-    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
 
 
 def table(report: dict) -> str:

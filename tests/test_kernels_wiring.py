@@ -31,6 +31,18 @@ def test_rtn(format, rule):
     assert torch.equal(ours.scales.cpu(), reference.scales) and torch.equal(ours.codes.cpu(), reference.codes)
 
 
+def test_rtn_refuses_rules_that_it_cannot_follow():
+    """As the reference does, rather than searching for another rule's scales."""
+    W, _ = problem(2, 32)
+    for rule, message in (
+        ("local", "needs the block Hessians"),
+        ("joint", "needs the factor U"),
+        ("best", "unknown scale rule"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rtn_kernels(W, None, NVFP4, rule, choose_tensor_scale(W, NVFP4))
+
+
 def test_gptq(monkeypatch):
     """The kernel's sweep in the place of the reference: same codes, and the loss identity holds."""
     W, H = problem(5, 64)

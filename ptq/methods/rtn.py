@@ -11,7 +11,7 @@ from ptq.kernels.search import prepare, search_scales
 from ptq.linalg import block_diagonal
 from ptq.methods.solution import Solution
 from ptq.packing import Quantized
-from ptq.scales import choose_scales
+from ptq.scales import check_rule, choose_scales
 
 BLOCKS_AT_ONCE = 64
 
@@ -71,9 +71,10 @@ def quantize(
 
 
 def rtn_kernels(W: Tensor, blocks: Tensor | None, format: Format, rule: str, tensor_scale: Tensor) -> Solution:
-    """The same on a GPU for the E2M1 formats."""
+    """The same on a GPU for the E2M1 formats.  Raises ValueError as `choose_scales` does."""
+    check_rule(rule, blocks)
     scales = None
     if rule != "absmax":
-        scales = search_scales(W, format, tensor_scale, prepare(blocks) if rule == "local" and blocks is not None else None)
+        scales = search_scales(W, format, tensor_scale, prepare(blocks) if blocks is not None and rule == "local" else None)
     scales, codes, _ = quantize_blocks(W, format, tensor_scale, scales=scales, out="codes")
     return Solution(Quantized(codes, scales, tensor_scale, format))
