@@ -46,7 +46,7 @@ def main() -> None:
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("median ms")
     axes[0].legend()
-    figure.suptitle(f"{rows[-1]['gpu']}, commit {rows[-1]['commit']}")
+    figure.suptitle(f"{rows[-1]['gpu']}, commits {', '.join(sorted({row['commit'] for row in rows}))}")
     figure.tight_layout()
     figure.savefig(arguments.output, dpi=110)
 
