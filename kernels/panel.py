@@ -23,6 +23,8 @@ from ptq.linalg import block_diagonal
 
 # Rows × candidates: one thread each, and at 4096 rows the grid fills the chip once.
 ROWS_PER_PROGRAM, CANDIDATES = 16, 8
+# Columns of the panel that take a block's errors at once.
+COLUMNS_AT_ONCE = 64
 RULES = ("absmax", "mse", "local", "schur", "joint")
 
 
@@ -132,18 +134,46 @@ def choose_code(
 
 
 @triton.jit
+def chunks(pointer, K: tl.constexpr, CHUNK: tl.constexpr):
+    """Pointers to the next K columns, CHUNK at a time.
+
+    The loop over blocks carries them: for an access through a pointer computed in place, Triton 3.6 walks the whole kernel to
+    choose a layout, which made K = 32 compile for minutes.
+    """
+    found = ()
+    for first in tl.static_range(0, K, CHUNK):
+        found = found + (pointer + (first + tl.arange(0, CHUNK)[None, :]),)
+    return found
+
+
+@triton.jit
+def advance(pointers, columns: tl.constexpr):
+    moved = ()
+    for i in tl.static_range(len(pointers)):
+        moved = moved + (pointers[i] + columns,)
+    return moved
+
+
+@triton.jit
 def panel_kernel(
     x_ptr, u_ptr, blocks_ptr, g_ptr, c_ptr, q_ptr, scales_ptr, e_ptr, loss_ptr, rows, width,
     x_stride, u_stride, q_stride, scales_stride, e_stride,
-    K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, E4M3: tl.constexpr, ABSMAX: tl.constexpr, RULE: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, E4M3: tl.constexpr, ABSMAX: tl.constexpr,
+    RULE: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a panel of `width` columns: x is updated in place, q, scales and E are written, loss is added to."""
     TRIANGLE: tl.constexpr = K * (K + 1) // 2
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     lane = tl.arange(0, CHUNK)[None, :]
+    k = tl.arange(0, K)[None, :]
     inside = row < rows
     row_of = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     loss = tl.zeros([ROWS, CHUNK], tl.float64)
+    x_pointers = chunks(x_ptr + row * x_stride, K, CHUNK)
+    q_pointers = chunks(q_ptr + row * q_stride, K, CHUNK)
+    e_pointers = chunks(e_ptr + row * e_stride, K, CHUNK)
+    e_tile = e_ptr + row * e_stride + k
+    scales_pointers = scales_ptr + row_of.to(tl.int64) * scales_stride
     for b in range(width // K):
         column = b * K
         block_ptr = blocks_ptr + b * K * K
@@ -155,7 +185,7 @@ def panel_kernel(
         for c in tl.static_range(K):
             # One coalesced load for CHUNK columns, from which each is spread over its row's threads: the sum has one term.
             if c % CHUNK == 0:
-                tile = tl.load(x_ptr + row * x_stride + column + c + lane, mask=inside, other=0.0)
+                tile = tl.load(x_pointers[c // CHUNK], mask=inside, other=0.0)
             x = x + (tl.sum(tl.where(lane == c % CHUNK, tile, 0.0), axis=1)[:, None] + tl.zeros([ROWS, CHUNK], tl.float32),)
             amax = tl.maximum(amax, tl.abs(x[c]))
             inverses = inverses + (tl.div_rn(1.0, tl.load(block_ptr + c * K + c)),)
@@ -168,7 +198,7 @@ def panel_kernel(
         else:
             code = choose_code(x, amax, lane, u, inverses, block_ptr, g, g_ptr + b * TRIANGLE, c_ptr + b * K, CHUNK, E4M3, RULE)
             s = decode_scale(code + tl.zeros([ROWS, CHUNK], tl.int32), E4M3)
-        tl.store(scales_ptr + row_of.to(tl.int64) * scales_stride + b, tl.max(s, axis=1), mask=row_of < rows)
+        tl.store(scales_pointers, tl.max(s, axis=1), mask=row_of < rows)
         if K == 16 and RULE != "joint":
             u = load_above_diagonal(block_ptr, K)
         q, E = feed_forward(x, s, u, inverses, block_ptr)
@@ -178,19 +208,25 @@ def panel_kernel(
             for c in tl.static_range(1, CHUNK):
                 values = tl.where(lane == c, q[first + c], values)
                 errors = tl.where(lane == c, E[first + c], errors)
-            tl.store(q_ptr + row * q_stride + column + first + lane, values, mask=inside)
-            tl.store(e_ptr + row * e_stride + column + first + lane, errors, mask=inside)
-        for first in range(column + K, width, 2 * CHUNK):
-            for part in tl.static_range(2):
-                later = first + part * CHUNK + lane
-                pointer = x_ptr + row * x_stride + later
-                here = inside & (later < width)
-                left = tl.load(pointer, mask=here, other=0.0)
-                for c in tl.static_range(K):
-                    left -= E[c] * tl.load(u_ptr + (column + c) * u_stride + later, mask=later < width, other=0.0)
-                tl.store(pointer, left, mask=here)
-        # The next block's weights were just written by other threads of this program.
+            tl.store(q_pointers[first // CHUNK], values, mask=inside)
+            tl.store(e_pointers[first // CHUNK], errors, mask=inside)
+        # Threads of this program read errors, and then weights, that others of it wrote.
         tl.debug_barrier()
+        errors = tl.load(e_tile, mask=inside, other=0.0)
+        later = column + K + tl.arange(0, WIDTH)[None, :]
+        left_pointers = x_ptr + row * x_stride + later
+        u_pointers = u_ptr + (column + tl.trans(k)) * u_stride + later
+        for _ in range(column + K, width, WIDTH):
+            u_rows = tl.load(u_pointers, mask=later < width, other=0.0)
+            left = tl.load(left_pointers, mask=inside & (later < width), other=0.0)
+            tl.store(left_pointers, left - tl.dot(errors, u_rows, input_precision="ieee"), mask=inside & (later < width))
+            later += WIDTH
+            left_pointers += WIDTH
+            u_pointers += WIDTH
+        tl.debug_barrier()
+        x_pointers, q_pointers, e_pointers = advance(x_pointers, K), advance(q_pointers, K), advance(e_pointers, K)
+        e_tile += K
+        scales_pointers += 1
     total = tl.load(loss_ptr + row_of, mask=row_of < rows, other=0.0) + tl.max(loss, axis=1)
     tl.store(loss_ptr + row_of, total, mask=row_of < rows)
 
@@ -223,7 +259,7 @@ def launch_panel(
     panel_kernel[(triton.cdiv(x.shape[0], ROWS_PER_PROGRAM),)](
         x, U, U_blocks, G, c, q, scales, E, loss, x.shape[0], x.shape[1],
         x.stride(0), U.stride(0), q.stride(0), scales.stride(0), E.stride(0),
-        K=format.block, ROWS=ROWS_PER_PROGRAM, CHUNK=CANDIDATES, E4M3=format.grid is E4M3,
+        K=format.block, ROWS=ROWS_PER_PROGRAM, CHUNK=CANDIDATES, WIDTH=COLUMNS_AT_ONCE, E4M3=format.grid is E4M3,
         ABSMAX=format.absmax.__name__, RULE=kernel_rule, num_warps=4,
     )  # fmt: skip
 

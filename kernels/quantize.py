@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ptq.formats import E4M3, Format
+from ptq.kernels.pairs import encode_pairs, is_exact, largest_magnitude, stored_scale, twice
 from ptq.kernels.rounding import (
     absmax_scale,
     decode_e2m1,
@@ -31,20 +32,13 @@ def larger_or_nan(a, b):
 
 
 @triton.jit
-def quantize_kernel(
-    w_ptr, tensor_scale_ptr, scales_ptr, out_ptr, products_ptr, blocks_per_row, total, row_stride, column_stride,
+def quantize_tile(
+    w_ptr, tensor_scale, scales_ptr, out_ptr, products_ptr, block, inside, blocks_per_row, row_stride, column_stride,
     K: tl.constexpr, BLOCKS: tl.constexpr, E4M3: tl.constexpr, ABSMAX: tl.constexpr, OUT: tl.constexpr, ZERO: tl.constexpr,
     FLAT: tl.constexpr,
 ):  # fmt: skip
-    """Some blocks of a matrix, numbered along its rows.  ABSMAX names the rule, or is None and float32 scales are read.
-
-    OUT: `packed` (two codes a byte; scales stored as codes), `codes` (uint8), `values` (float32), `products` (values, and times
-    their scale).  FLAT: the matrix is contiguous.
-    """
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    inside = block < total
+    """The blocks `block` of `quantize_kernel`, in portable float32 arithmetic."""
     k = tl.arange(0, K)
-    tensor_scale = tl.load(tensor_scale_ptr)
     inverse = tl.div_rn(1.0, tensor_scale)
     if FLAT:
         corner = block * K
@@ -55,7 +49,7 @@ def quantize_kernel(
     if ABSMAX == "nearest_e4m3":
         # Finite, a normal scale, nothing saturates: then |x / s| < 7 and no weight needs a clamp.  A NaN fails the comparison.
         amax = tl.reduce(tl.abs(w), 1, larger_or_nan) * inverse
-        usual = tl.min(((amax >= 0.125) & (amax <= 2688.0) | (block >= total)).to(tl.int32), axis=0)
+        usual = tl.min(((amax >= 0.125) & (amax <= 2688.0) | ~inside).to(tl.int32), axis=0)
     if usual == 1:
         x = quotient(w, tensor_scale, inverse)
         s = absmax_scale(tl.max(tl.abs(x), axis=1), "nearest_e4m3")
@@ -86,6 +80,46 @@ def quantize_kernel(
             tl.store(products_ptr + place, q * (s * tensor_scale)[:, None], mask=inside[:, None])
 
 
+@triton.jit
+def quantize_kernel(
+    w_ptr, tensor_scale_ptr, scales_ptr, out_ptr, products_ptr, blocks_per_row, total, row_stride, column_stride,
+    K: tl.constexpr, BLOCKS: tl.constexpr, E4M3: tl.constexpr, ABSMAX: tl.constexpr, OUT: tl.constexpr, ZERO: tl.constexpr,
+    FLAT: tl.constexpr,
+):  # fmt: skip
+    """Some blocks of a matrix, numbered along its rows.  ABSMAX names the rule, or is None and float32 scales are read.
+
+    OUT: `packed` (two codes a byte; scales stored as codes), `codes` (uint8), `values` (float32), `products` (values, and times
+    their scale).  FLAT: the matrix is contiguous.
+    """
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    quantize_tile(
+        w_ptr, tl.load(tensor_scale_ptr), scales_ptr, out_ptr, products_ptr, block, block < total, blocks_per_row, row_stride,
+        column_stride, K, BLOCKS, E4M3, ABSMAX, OUT, ZERO, FLAT,
+    )  # fmt: skip
+
+
+@triton.jit
+def quantize_pairs_kernel(
+    w_ptr, tensor_scale_ptr, scales_ptr, out_ptr, total,
+    K: tl.constexpr, BLOCKS: tl.constexpr, E4M3: tl.constexpr, ABSMAX: tl.constexpr,
+):  # fmt: skip
+    """The same for OUT = `packed` and a contiguous bfloat16 matrix, by ptq.kernels.pairs where tensor_scale allows it."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < total
+    tensor_scale = tl.load(tensor_scale_ptr)
+    if is_exact(tensor_scale):
+        place = block[:, None] * (K // 2) + tl.arange(0, K // 2)[None, :]
+        x = tl.load(w_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + place, mask=inside[:, None], other=0)
+        stored, s = stored_scale(largest_magnitude(x), tensor_scale, ABSMAX)
+        tl.store(scales_ptr + block, stored, mask=inside)
+        tl.store(out_ptr + place, encode_pairs(x, twice(s * tensor_scale)[:, None]).to(tl.uint8), mask=inside[:, None])
+    else:
+        quantize_tile(
+            w_ptr, tensor_scale, scales_ptr, out_ptr, out_ptr, block, inside, 1, K, 1,
+            K, BLOCKS, E4M3, ABSMAX, "packed", False, True,
+        )  # fmt: skip
+
+
 def quantize_blocks(
     W: Tensor, format: Format, tensor_scale: Tensor, *, scales: Tensor | None = None, out: str = "packed", zero: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -109,13 +143,26 @@ def quantize_blocks(
     )
     result = W.new_empty((rows, width), dtype=dtype)
     products = torch.empty_like(result) if out == "products" else None
-    tile = WEIGHTS_PER_PROGRAM // format.block
-    quantize_kernel[(triton.cdiv(rows * blocks, tile),)](
-        W, tensor_scale, scales.view(torch.uint8) if stored.itemsize == 1 and absmax else scales, result,
-        result if products is None else products, blocks, rows * blocks, W.stride(0), W.stride(1),
-        K=format.block, BLOCKS=tile, E4M3=format.grid is E4M3, ABSMAX=absmax, OUT=out, ZERO=zero, FLAT=W.is_contiguous(),
-    )  # fmt: skip
+    tile, total = WEIGHTS_PER_PROGRAM // format.block, rows * blocks
+    grid = (triton.cdiv(total, tile),)
+    stores = scales.view(torch.uint8) if stored.itemsize == 1 and absmax else scales
+    if out == "packed" and absmax and takes_pairs(W):
+        quantize_pairs_kernel[grid](
+            W, tensor_scale, stores, result, total, K=format.block, BLOCKS=tile, E4M3=format.grid is E4M3, ABSMAX=absmax
+        )
+    else:
+        quantize_kernel[grid](
+            W, tensor_scale, stores, result, result if products is None else products, blocks, total, W.stride(0), W.stride(1),
+            K=format.block, BLOCKS=tile, E4M3=format.grid is E4M3, ABSMAX=absmax, OUT=out, ZERO=zero, FLAT=W.is_contiguous(),
+        )  # fmt: skip
     return scales, result, products
+
+
+def takes_pairs(W: Tensor) -> bool:
+    """Whether ptq.kernels.pairs can read W: bfloat16, contiguous, on an NVIDIA GPU that has its instructions (Hopper and later)."""
+    if W.dtype != torch.bfloat16 or not W.is_cuda or torch.version.hip or not W.is_contiguous() or W.data_ptr() % 4:
+        return False
+    return torch.cuda.get_device_capability(W.device) >= (9, 0)
 
 
 def check(W: Tensor, format: Format) -> None:

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ptq.kernels import hessian as kernels
-from ptq.linalg import inverse_lower
+from ptq.linalg import inverse_cholesky
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -93,13 +93,13 @@ def damped(H: Tensor, damp: float) -> Tensor:
 def inverse_factor(A: Tensor) -> Tensor:
     """U, upper triangular with A⁻¹ = Uᵀ U.  A (d_in, d_in) symmetric positive definite, in A's dtype.
 
-    One Cholesky of the reversed matrix and one triangular inverse, U = flip(inv(chol(flip A))), instead of Cholesky, inverse
-    and Cholesky again.  Raises NotPositiveDefiniteError with the pivot that failed.
+    U = flip(inv(chol(flip A))) instead of Cholesky, inverse and Cholesky again, and the Cholesky factor and its inverse together.
+    Raises NotPositiveDefiniteError with the pivot that failed.
     """
-    L, info = torch.linalg.cholesky_ex(A.flip(0, 1))
-    if int(info) or not L.diagonal().isfinite().all():
-        pivot = A.shape[0] - int(info)
+    inverse, failed = inverse_cholesky(A.flip(0, 1))
+    if failed or not inverse.diagonal().isfinite().all():
+        pivot = A.shape[0] - failed
         raise NotPositiveDefiniteError(
             f"H + damping is not positive definite (pivot {pivot} of {len(A)}); more calibration tokens or more damping help"
         )
-    return inverse_lower(L).flip(0, 1)
+    return inverse.flip(0, 1)

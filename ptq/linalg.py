@@ -11,27 +11,45 @@ def block_diagonal(H: Tensor, block: int) -> Tensor:
     return blocks.diagonal(dim1=0, dim2=1).permute(2, 0, 1).contiguous()
 
 
-def inverse_lower(L: Tensor, smallest: int = 1024) -> Tensor:
-    """L⁻¹ of a lower triangular L (n, n), by halves:  [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [-C⁻¹ B A⁻¹, C⁻¹]].
+def inverse_cholesky(A: Tensor, smallest: int = 1024) -> tuple[Tensor, int]:
+    """(L⁻¹, 0) where A = L Lᵀ with L lower triangular.  A (n, n) symmetric; its lower triangle is overwritten.
 
-    Nearly all of it is matmul, which a GPU does at several times the speed of a triangular solve.
+    By halves,  [[P, 0], [R, S]]⁻¹ = [[P⁻¹, 0], [-S⁻¹ R P⁻¹, S⁻¹]]  with R = B P⁻ᵀ and S Sᵀ = C - R Rᵀ for A = [[P Pᵀ, ·], [B, C]]:
+    nearly all of it is matmul, which a GPU does at several times the speed of a factorization or a triangular solve.
+    Where A is not positive definite, the second value is the number of the pivot that failed, from 1.
     """
-    out = torch.zeros_like(L, memory_format=torch.contiguous_format)
-    invert_lower_into(L, out, smallest)
-    return out
+    out = torch.zeros_like(A, memory_format=torch.contiguous_format)
+    pivots: list[Tensor] = []
+    invert_into(A, out, smallest, 0, pivots)
+    failed = torch.stack(pivots).cpu()
+    return out, int(failed[failed > 0].amin()) if (failed > 0).any() else 0
 
 
-def invert_lower_into(L: Tensor, out: Tensor, smallest: int) -> None:
-    n = L.shape[0]
+def invert_into(A: Tensor, out: Tensor, smallest: int, first: int, pivots: list[Tensor]) -> None:
+    """The recursion of `inverse_cholesky`, for the diagonal block that starts at row `first` of the whole."""
+    n = A.shape[0]
     if n <= smallest:
-        identity = torch.eye(n, dtype=L.dtype, device=L.device)
-        out.copy_(torch.linalg.solve_triangular(L, identity, upper=False))
+        L, info = torch.linalg.cholesky_ex(A)
+        pivots.append(torch.where(info > 0, info + first, info))
+        out.copy_(torch.linalg.solve_triangular(L, torch.eye(n, dtype=A.dtype, device=A.device), upper=False))
         return
     half = (n // 2 + 127) // 128 * 128
-    invert_lower_into(L[:half, :half], out[:half, :half], smallest)
-    invert_lower_into(L[half:, half:], out[half:, half:], smallest)
-    left = multiply_by_lower(L[half:, :half], out[:half, :half], smallest)
-    lower_multiply_into(out[half:, half:], left, out[half:, :half], smallest)
+    B, C, upper, lower = A[half:, :half], A[half:, half:], out[:half, :half], out[half:, half:]
+    invert_into(A[:half, :half], upper, smallest, first, pivots)
+    R = multiply_by_transpose(B, upper, smallest)
+    for start in range(0, n - half, smallest):
+        C[start:, start : start + smallest].addmm_(R[start:], R[start : start + smallest].T, alpha=-1)
+    invert_into(C, lower, smallest, first + half, pivots)
+    lower_multiply_into(lower, multiply_by_lower(R, upper, smallest), out[half:, :half], smallest)
+
+
+def multiply_by_transpose(B: Tensor, A: Tensor, strip: int) -> Tensor:
+    """B Aᵀ for a lower triangular A, without most of the products with its zeros."""
+    out = torch.empty_like(B, memory_format=torch.contiguous_format)
+    for first in range(0, A.shape[0], strip):
+        last = first + strip
+        torch.mm(B[:, :last], A[first:last, :last].T, out=out[:, first:last])
+    return out
 
 
 def multiply_by_lower(B: Tensor, A: Tensor, strip: int) -> Tensor:

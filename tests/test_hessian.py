@@ -66,7 +66,7 @@ def test_weighted_tokens_on_a_gpu(dtype, block):
 
 @pytest.mark.parametrize("n", [1, 48, 1500])
 def test_inverse_factor(n):
-    """1500 columns are inverted by halves."""
+    """1500 columns are factored and inverted by halves."""
     X = torch.randn(2 * n, n, dtype=torch.float64)
     A = damped(X.T @ X / 100, 0.01)
     U = inverse_factor(A)
@@ -78,4 +78,12 @@ def test_inverse_factor(n):
 def test_a_matrix_that_is_not_positive_definite_is_refused_with_its_pivot():
     A = torch.diag(torch.tensor([1.0, 2.0, -1.0, 3.0]))
     with pytest.raises(NotPositiveDefiniteError, match="pivot 2 of 4"):
+        inverse_factor(A)
+
+
+@pytest.mark.parametrize("bad", [0, 700, 1499])
+def test_the_pivot_is_named_in_the_whole_matrix(bad):
+    A = torch.eye(1500, dtype=torch.float64) + 1e-3
+    A[bad, bad] = -1
+    with pytest.raises(NotPositiveDefiniteError, match=f"pivot {bad} of 1500"):
         inverse_factor(A)

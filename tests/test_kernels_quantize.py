@@ -37,14 +37,21 @@ def every_bfloat16(seed):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f"{f.name}-{f.block}")
-@pytest.mark.parametrize("exponent", [0, -7])
-def test_every_bfloat16(format, exponent):
-    ts = torch.tensor(2.0**exponent if format.tensor_scale else 1.0, device=DEVICE)
-    W = every_bfloat16(exponent)
+@pytest.mark.parametrize(
+    "tensor_scale", [1.0, 2.0**-7, *(pytest.param(s, marks=pytest.mark.gpu) for s in (2.0**-100, 2.0**100, 2.0**-60 / 3))]
+)
+def test_every_bfloat16(format, tensor_scale):
+    if not format.tensor_scale and tensor_scale != 1:
+        pytest.skip("a format without tensor_scale")
+    ts = torch.tensor(tensor_scale, device=DEVICE)
+    W = every_bfloat16(int(tensor_scale < 1))
     codes, scales = reference(W, format, ts)
     stored, packed, _ = quantize_blocks(W, format, ts)
     assert torch.equal(stored.view(torch.uint8), encode_scales(scales, format.grid).view(torch.uint8))
     assert torch.equal(unpack(packed), codes) and torch.equal(pack(codes), packed)
+    if W.is_cuda:
+        portable = quantize_blocks(W.T.contiguous().T, format, ts)
+        assert torch.equal(portable[0].view(torch.uint8), stored.view(torch.uint8)) and torch.equal(portable[1], packed)
     assert torch.equal(reference_pack(codes), packed)
     assert torch.equal(quantize_blocks(W, format, ts, scales=scales, out="codes")[1], codes)
     if format.tensor_scale:
