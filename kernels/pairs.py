@@ -11,7 +11,7 @@ significant bits) and at last 128 + code, whose low bits are the code.  A NaN fa
 import triton
 import triton.language as tl
 
-from ptq.kernels.rounding import LARGEST, absmax_scale, quotient
+from ptq.kernels.rounding import E4M3_SHIFT, LARGEST, absmax_scale, quotient, round_to_binade
 
 # Powers of two in this range keep every threshold a normal bfloat16.
 LEAST_TENSOR_SCALE = tl.constexpr(2.0**-100)
@@ -39,16 +39,14 @@ def largest_magnitude(x):
 
 
 @triton.jit
-def stored_scale(amax, tensor_scale, ABSMAX: tl.constexpr):
-    """(code uint8, scale float32) of blocks with largest magnitudes amax, tensor_scale being a power of two."""
+def block_scale(amax, tensor_scale, ABSMAX: tl.constexpr):
+    """Scales (float32) of blocks of largest magnitude amax, tensor_scale being a power of two."""
     if ABSMAX == "nearest_e4m3":
         inverse = (0x7F000000 - tensor_scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True) * (1.0 / 6.0)
         # Infinity becomes NaN here, and then the largest scale.
         s = tl.minimum(quotient(amax, 6.0 * tensor_scale, inverse), 448.0)
-        stored = tl.maximum(s, 0.001953125).to(tl.float8e4nv)
-        return stored.to(tl.uint8, bitcast=True), stored.to(tl.float32)
-    s = absmax_scale(tl.minimum(amax, LARGEST), ABSMAX)
-    return (s.to(tl.int32, bitcast=True) >> 23).to(tl.uint8), s
+        return round_to_binade(tl.maximum(s, 0.001953125), 0.015625, E4M3_SHIFT)
+    return absmax_scale(tl.minimum(amax, LARGEST), ABSMAX)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ptq.formats import E4M3, Format
-from ptq.kernels.pairs import encode_pairs, is_exact, largest_magnitude, stored_scale, twice
+from ptq.kernels.pairs import block_scale, encode_pairs, is_exact, largest_magnitude, twice
 from ptq.kernels.rounding import (
     absmax_scale,
     decode_e2m1,
@@ -24,6 +24,8 @@ from ptq.kernels.rounding import (
 )
 
 WEIGHTS_PER_PROGRAM = 4096
+# One a thread.
+BLOCKS_OF_PAIRS_PER_PROGRAM = 128
 
 
 @triton.jit
@@ -110,8 +112,8 @@ def quantize_pairs_kernel(
     if is_exact(tensor_scale):
         place = block[:, None] * (K // 2) + tl.arange(0, K // 2)[None, :]
         x = tl.load(w_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + place, mask=inside[:, None], other=0)
-        stored, s = stored_scale(largest_magnitude(x), tensor_scale, ABSMAX)
-        tl.store(scales_ptr + block, stored, mask=inside)
+        s = block_scale(largest_magnitude(x), tensor_scale, ABSMAX)
+        tl.store(scales_ptr + block, encode_scale(s, E4M3).to(tl.uint8), mask=inside)
         tl.store(out_ptr + place, encode_pairs(x, twice(s * tensor_scale)[:, None]).to(tl.uint8), mask=inside[:, None])
     else:
         quantize_tile(
@@ -143,15 +145,16 @@ def quantize_blocks(
     )
     result = W.new_empty((rows, width), dtype=dtype)
     products = torch.empty_like(result) if out == "products" else None
-    tile, total = WEIGHTS_PER_PROGRAM // format.block, rows * blocks
-    grid = (triton.cdiv(total, tile),)
+    total = rows * blocks
     stores = scales.view(torch.uint8) if stored.itemsize == 1 and absmax else scales
     if out == "packed" and absmax and takes_pairs(W):
-        quantize_pairs_kernel[grid](
+        tile = BLOCKS_OF_PAIRS_PER_PROGRAM
+        quantize_pairs_kernel[(triton.cdiv(total, tile),)](
             W, tensor_scale, stores, result, total, K=format.block, BLOCKS=tile, E4M3=format.grid is E4M3, ABSMAX=absmax
         )
     else:
-        quantize_kernel[grid](
+        tile = WEIGHTS_PER_PROGRAM // format.block
+        quantize_kernel[(triton.cdiv(total, tile),)](
             W, tensor_scale, stores, result, result if products is None else products, blocks, total, W.stride(0), W.stride(1),
             K=format.block, BLOCKS=tile, E4M3=format.grid is E4M3, ABSMAX=absmax, OUT=out, ZERO=zero, FLAT=W.is_contiguous(),
         )  # fmt: skip

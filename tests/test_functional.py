@@ -44,8 +44,9 @@ def test_same_scales_and_codes_and_never_a_larger_error(name, block, dim, size, 
     W = weights(block, size, kind).movedim(-1, dim)
     scales, quants, dequant = getattr(functional, name)(W, dim, True)
     theirs = getattr(qwantize, name)(W, dim, True)
-    ours_error, their_error = ((d - W).double().square().sum(dim) for d in (dequant, theirs[2]))
-    assert (ours_error <= their_error * SLACK).all()
+    # torch 2.11 casts what is beyond 448 to an E4M3 NaN, before which qwantize does not clamp.
+    ours_error, their_error = ((d - W).double().square().sum(dim).nan_to_num(torch.inf) for d in (dequant, theirs[2]))
+    assert (ours_error <= their_error * SLACK).all() and dequant.isfinite().all()
     # Where the scales differ, qwantize's search stopped early or its absmax scale rounded to zero.
     exact = (ours_error >= their_error / SLACK) & (theirs[0] > 0)
     assert torch.equal(scales[exact], theirs[0][exact])
