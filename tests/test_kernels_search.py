@@ -51,7 +51,11 @@ def weights(rows, columns, dtype, seed=1):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("format,condition", [(NVFP4, None), (NVFP4, 1.0), (NVFP4, 300.0), (MXFP4, None), (MXFP4, 30.0)])
+@pytest.mark.parametrize(
+    "format,condition",
+    [(NVFP4, None), (NVFP4, 1.0), (NVFP4, 300.0), (MXFP4, None), (MXFP4, 30.0)],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_search_is_exhaustive(format, condition, dtype):
     M = None if condition is None else spd(2, format.block, condition)
     assert_exhaustive(weights(33, 2 * format.block, dtype), format, M, 2e-6)
