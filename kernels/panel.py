@@ -155,6 +155,41 @@ def advance(pointers, columns: tl.constexpr):
 
 
 @triton.jit
+def load_columns(pointers, lane, inside, CHUNK: tl.constexpr):
+    """One tensor (ROWS, CHUNK) a column, each spread over its row's threads from one coalesced load for CHUNK columns."""
+    x = ()
+    for i in tl.static_range(len(pointers)):
+        tile = tl.load(pointers[i], mask=inside, other=0.0)
+        for c in tl.static_range(CHUNK):
+            # The sum has one term.
+            x = x + (tl.sum(tl.where(lane == c, tile, 0.0), axis=1)[:, None] + tl.zeros(tile.shape, tl.float32),)
+    return x
+
+
+@triton.jit
+def store_columns(pointers, columns, lane, inside, CHUNK: tl.constexpr):
+    """The inverse of `load_columns`."""
+    for i in tl.static_range(len(pointers)):
+        tile = columns[i * CHUNK]
+        for c in tl.static_range(1, CHUNK):
+            tile = tl.where(lane == c, columns[i * CHUNK + c], tile)
+        tl.store(pointers[i], tile, mask=inside)
+
+
+@triton.jit
+def subtract_errors(errors, x_pointers, u_pointers, first, width, inside, WIDTH: tl.constexpr):
+    """x -= errors U for the panel's columns from `first` on, which the pointers start at."""
+    later = first + tl.arange(0, WIDTH)[None, :]
+    for _ in range(first, width, WIDTH):
+        u = tl.load(u_pointers, mask=later < width, other=0.0)
+        x = tl.load(x_pointers, mask=inside & (later < width), other=0.0)
+        tl.store(x_pointers, x - tl.dot(errors, u, input_precision="ieee"), mask=inside & (later < width))
+        later += WIDTH
+        x_pointers += WIDTH
+        u_pointers += WIDTH
+
+
+@triton.jit
 def panel_kernel(
     x_ptr, u_ptr, blocks_ptr, g_ptr, c_ptr, q_ptr, scales_ptr, e_ptr, loss_ptr, rows, width,
     x_stride, u_stride, q_stride, scales_stride, e_stride,
@@ -163,32 +198,27 @@ def panel_kernel(
 ):  # fmt: skip
     """ROWS rows of a panel of `width` columns: x is updated in place, q, scales and E are written, loss is added to."""
     TRIANGLE: tl.constexpr = K * (K + 1) // 2
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    row_of = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = row_of[:, None]
     lane = tl.arange(0, CHUNK)[None, :]
     k = tl.arange(0, K)[None, :]
     inside = row < rows
-    row_of = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     loss = tl.zeros([ROWS, CHUNK], tl.float64)
     x_pointers = chunks(x_ptr + row * x_stride, K, CHUNK)
     q_pointers = chunks(q_ptr + row * q_stride, K, CHUNK)
     e_pointers = chunks(e_ptr + row * e_stride, K, CHUNK)
     e_tile = e_ptr + row * e_stride + k
-    scales_pointers = scales_ptr + row_of.to(tl.int64) * scales_stride
+    scales_pointers = scales_ptr + row_of * scales_stride
     for b in range(width // K):
-        column = b * K
         block_ptr = blocks_ptr + b * K * K
-        x = ()
-        inverses = ()
-        u = ()
-        g = ()
+        x = load_columns(x_pointers, lane, inside, CHUNK)
         amax = tl.zeros([ROWS, CHUNK], tl.float32)
+        inverses = ()
         for c in tl.static_range(K):
-            # One coalesced load for CHUNK columns, from which each is spread over its row's threads: the sum has one term.
-            if c % CHUNK == 0:
-                tile = tl.load(x_pointers[c // CHUNK], mask=inside, other=0.0)
-            x = x + (tl.sum(tl.where(lane == c % CHUNK, tile, 0.0), axis=1)[:, None] + tl.zeros([ROWS, CHUNK], tl.float32),)
             amax = tl.maximum(amax, tl.abs(x[c]))
             inverses = inverses + (tl.div_rn(1.0, tl.load(block_ptr + c * K + c)),)
+        u = ()
+        g = ()
         if K == 16 and RULE == "joint":
             u = load_above_diagonal(block_ptr, K)
         if K == 16 and RULE == "quadratic":
@@ -203,26 +233,14 @@ def panel_kernel(
             u = load_above_diagonal(block_ptr, K)
         q, E = feed_forward(x, s, u, inverses, block_ptr)
         loss += sum_of_squares(E)
-        for first in tl.static_range(0, K, CHUNK):
-            values, errors = q[first], E[first]
-            for c in tl.static_range(1, CHUNK):
-                values = tl.where(lane == c, q[first + c], values)
-                errors = tl.where(lane == c, E[first + c], errors)
-            tl.store(q_pointers[first // CHUNK], values, mask=inside)
-            tl.store(e_pointers[first // CHUNK], errors, mask=inside)
-        # Threads of this program read errors, and then weights, that others of it wrote.
+        store_columns(q_pointers, q, lane, inside, CHUNK)
+        store_columns(e_pointers, E, lane, inside, CHUNK)
+        # Threads of this program read errors, and in the next round weights, that others of it wrote.
         tl.debug_barrier()
         errors = tl.load(e_tile, mask=inside, other=0.0)
-        later = column + K + tl.arange(0, WIDTH)[None, :]
-        left_pointers = x_ptr + row * x_stride + later
-        u_pointers = u_ptr + (column + tl.trans(k)) * u_stride + later
-        for _ in range(column + K, width, WIDTH):
-            u_rows = tl.load(u_pointers, mask=later < width, other=0.0)
-            left = tl.load(left_pointers, mask=inside & (later < width), other=0.0)
-            tl.store(left_pointers, left - tl.dot(errors, u_rows, input_precision="ieee"), mask=inside & (later < width))
-            later += WIDTH
-            left_pointers += WIDTH
-            u_pointers += WIDTH
+        later = (b + 1) * K + tl.arange(0, WIDTH)[None, :]
+        u_pointers = u_ptr + (b * K + tl.trans(k)) * u_stride + later
+        subtract_errors(errors, x_ptr + row * x_stride + later, u_pointers, (b + 1) * K, width, inside, WIDTH)
         tl.debug_barrier()
         x_pointers, q_pointers, e_pointers = advance(x_pointers, K), advance(q_pointers, K), advance(e_pointers, K)
         e_tile += K
