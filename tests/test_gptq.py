@@ -7,7 +7,7 @@ import torch
 
 from ptq.formats import FORMATS, INT4_G128, MXFP4, NVFP4, choose_tensor_scale, get_format
 from ptq.hessian import damped
-from ptq.methods.gptq import gptq, visit_order
+from ptq.methods.gptq import DAMP_ROWS, gptq, visit_order
 from ptq.methods.rtn import rtn
 from ptq.scales import RULES, choose_scales
 
@@ -124,3 +124,41 @@ def test_a_missing_hessian_is_refused():
     W, _ = problem()
     with pytest.raises(ValueError, match="needs the full Hessian"):
         gptq(W, None, NVFP4, tensor_scale=torch.ones(()))
+
+
+def curvature(d_out: int):
+    gradients = torch.randn(300, d_out, dtype=torch.float64) @ torch.randn(d_out, d_out, dtype=torch.float64) / d_out**0.5
+    return gradients.T @ gradients / 300
+
+
+@pytest.mark.parametrize("row_panel", [1, 7, 24])
+def test_row_feedback_is_the_best_answer_to_each_panel_of_rows(row_panel):
+    """Against the textbook form: given Δ of the rows done, tr(G Δ A Δᵀ) is least for Δ_later = -G_ll⁻¹ G_ld Δ_done."""
+    W, H = problem()
+    G, scale = curvature(24), choose_tensor_scale(W, NVFP4).double()
+    A = damped(G, DAMP_ROWS)
+    order, target, Q = G.diagonal().argsort(descending=True), W.clone(), torch.zeros_like(W)
+    for start in range(0, 24, row_panel):
+        own, done, later = order[start : start + row_panel], order[: start + row_panel], order[start + row_panel :]
+        Q[own] = gptq(target[own], H, NVFP4, rule="joint", tensor_scale=scale).quantized.dequantize().double()
+        # The rows done before are in `target` already, as what is left: their own error is counted from W.
+        shift = torch.linalg.solve(A[later][:, later], A[later][:, done] @ (W - Q)[done])
+        target[later] = W[later] + shift
+    result = gptq(W, H, NVFP4, rule="joint", tensor_scale=scale, G=G, row_panel=row_panel)
+    assert torch.equal(result.quantized.dequantize().double(), Q)
+    assert torch.allclose(result.accumulated, result.measured, rtol=1e-9)
+
+
+def test_row_feedback_lowers_the_loss_it_is_for():
+    W, H = problem(d_out=96)
+    G, scale = curvature(96), choose_tensor_scale(W, NVFP4)
+    deltas = [W - gptq(W, H, NVFP4, rule="joint", tensor_scale=scale, G=g).quantized.dequantize() for g in (None, G)]
+    plain, fed = (float((G @ delta @ H * delta).sum()) for delta in deltas)
+    assert fed < 0.9 * plain
+
+
+def test_uncorrelated_outputs_leave_row_feedback_nothing_to_do():
+    W, H = problem(d_out=40)
+    scale = choose_tensor_scale(W, NVFP4)
+    plain, fed = (gptq(W, H, NVFP4, rule="joint", tensor_scale=scale, G=g).quantized for g in (None, torch.eye(40)))
+    assert torch.equal(plain.codes, fed.codes) and torch.equal(plain.scales, fed.scales)

@@ -8,10 +8,17 @@ mean diag(H), so that the stored layout stays as it is.  And the loss identity
 
 holds of a correct run up to rounding, whatever the scales: it is returned with the result, and the runner checks it.
 
+With the curvature G of the loss in the linear's outputs, the loss is taken as tr(G Δ H Δᵀ) (Tseng et al. 2025, YAQA), and the same
+recursion runs over rows: when a panel of rows is done, what its error does to the loss is made good by the rows still to come.
+The rows of a panel are rounded as if their outputs were independent.
+
 On a GPU the E2M1 formats run in a kernel (ptq.kernels.panel), of which `sweep` is the reference.
 
 A dead column (zero row of H) is rounded to nearest by itself: nothing is known about it, so no error enters or leaves it.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -26,6 +33,9 @@ from ptq.methods.solution import Solution
 from ptq.packing import Quantized
 from ptq.scales import choose_scales, feed_forward
 
+# Relative to mean(diag G).  Output gradients of neighbouring channels are less alike than inputs, and G is known less well than H.
+DAMP_ROWS = 0.1
+
 
 def gptq(
     W: Tensor,
@@ -35,14 +45,17 @@ def gptq(
     rule: str = "local",
     tensor_scale: Tensor,
     damp: float = 0.01,
+    G: Tensor | None = None,
     panel: int = 128,
+    row_panel: int = 32,
     block_order: bool = True,
 ) -> Solution:
     """W (d_out, d_in) in 4 bits, each column's rounding error pushed onto the columns not yet rounded.
 
     H (d_in, d_in): mean of x xᵀ.  `damp` is relative to mean(diag H).  `panel`: columns between two large matmuls, a multiple of
-    the block; it changes the speed and, up to rounding, nothing else.  Computes in float64 if W is, else in float32.
-    Raises NotPositiveDefiniteError where H + damp has no Cholesky factor.
+    the block; it changes the speed and, up to rounding, nothing else.  G (d_out, d_out): mean of g gᵀ over tokens, g the gradient of
+    the loss at the outputs; rows are then visited by descending G_ii, `row_panel` at a time.  Computes in float64 if W is, else
+    in float32.  Raises NotPositiveDefiniteError where H + damp or G + damp has no Cholesky factor.
     """
     if H is None or H.dim() != 2:
         raise ValueError("method gptq needs the full Hessian H (d_in, d_in)")
@@ -52,15 +65,39 @@ def gptq(
     with phase("factorization"):
         U = inverse_factor(A)
     run = kernels.sweep if x.is_cuda and format.elements is E2M1 and x.dtype == torch.float32 else sweep
-    q, scales, row_loss = run(x, A, U, format, rule, max(format.block, panel // format.block * format.block))
+    columns = max(format.block, panel // format.block * format.block)
+    sweep_rows = partial(run, A=A, U=U, format=format, rule=rule, panel=columns)
+    q, scales, row_loss = sweep_rows(x) if G is None else sweep_row_panels(x, G, sweep_rows, row_panel)
 
     undo = order.argsort()
     blocks = rearrange(undo, "(b k) -> b k", k=format.block)[:, 0] // format.block
     codes = format.elements.encode(q)[:, undo]
     quantized = Quantized(codes, scales[:, blocks].float().contiguous(), tensor_scale, format)
-    delta = (W - quantized.dequantize())[:, order]
+    delta = x * tensor_scale - quantized.dequantize()[:, order].to(W.dtype)
     measured = ((delta @ A) * delta).sum(1, dtype=torch.float64)
     return Solution(quantized, row_loss * tensor_scale.double() ** 2, measured)
+
+
+def sweep_row_panels(
+    x: Tensor, G: Tensor, sweep_rows: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], row_panel: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What sweep_rows(x) returns, but for one panel of rows after the other, by descending diag(G).
+
+    x (r, n) is overwritten with the weights each panel was swept from: with V the factor of (G + damp)⁻¹ = Vᵀ V in that order,
+    panel p leaves the error Δ_p = x_p - Q_p, and the rows after it move by -V_p,laterᵀ V_pp⁻ᵀ Δ_p.
+    """
+    order = G.diagonal().argsort(descending=True, stable=True)
+    V = inverse_factor(damped(G.to(x.dtype), DAMP_ROWS)[order][:, order])
+    parts = []
+    for start in range(0, len(x), row_panel):
+        own, later = slice(start, start + row_panel), slice(start + row_panel, None)
+        q, scales, loss = sweep_rows(x[order[own]])
+        values = (rearrange(q, "r (b k) -> r b k", b=scales.shape[1]) * scales[..., None]).flatten(1)
+        E = torch.linalg.solve_triangular(V[own, own].T, x[order[own]] - values, upper=False)
+        x[order[later]] -= V[own, later].T @ E
+        parts.append((q, scales, loss))
+    q, scales, loss = (torch.cat(part)[order.argsort()] for part in zip(*parts, strict=True))
+    return q, scales, loss
 
 
 def visit_order(H: Tensor, block: int) -> Tensor:
