@@ -12,6 +12,10 @@ class Adapter(Protocol):
     stages: tuple[tuple[str, ...], ...]
     """Names inside a layer of the linears that read the same input, in the order they run."""
 
+    writers: tuple[str, str]
+    """Names inside a layer of the linears whose output is added to the residual stream: the first adds to the layer's input, the
+    last makes the layer's output."""
+
     names: tuple[str, ...]
     """Full names of the layers, first to last."""
 

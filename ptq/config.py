@@ -11,13 +11,16 @@ from ptq.scales import RULES
 @dataclass(frozen=True)
 class QuantConfig:
     """`rule`: how block scales are chosen.  `damp`: relative to mean(diag H).  `ignore`: linears left alone, by full name or by
-    `re:PATTERN` matched from the start of the name.  Raises ValueError for settings that do not fit."""
+    `re:PATTERN` matched from the start of the name.  `drift`: how much of what earlier layers lost each linear makes good
+    (ptq.drift), 0 to 1, against a ridge of `ridge` · mean(diag H).  Raises ValueError for settings that do not fit."""
 
     format: Format = NVFP4
     method: str = "gptq"
     rule: str = "local"
     damp: float = 0.01
     ignore: tuple[str, ...] = field(default=())
+    drift: float = 0.0
+    ridge: float = 0.1
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -33,7 +36,11 @@ class QuantConfig:
                 raise ValueError(f"ignore pattern {pattern!r} is no regular expression: {error}") from None
         if not self.damp > 0:
             raise ValueError(f"damp must be positive, not {self.damp}")
+        if not 0 <= self.drift <= 1:
+            raise ValueError(f"drift is the share of the loss that is made good, 0 to 1, not {self.drift}")
+        if not self.ridge > 0:
+            raise ValueError(f"ridge must be positive, not {self.ridge}")
 
     @property
     def needs_calibration(self) -> bool:
-        return self.method == "gptq" or self.rule == "local"
+        return self.method == "gptq" or self.rule == "local" or self.drift > 0

@@ -28,6 +28,14 @@ def add_full(H: Tensor, X: Tensor) -> None:
     H.addmm_(X.T, X)
 
 
+def add_product(C: Tensor, A: Tensor, B: Tensor) -> None:
+    """C (a, b) += Aᵀ B, in place.  A (tokens, a) and B (tokens, b) of one float dtype; 16-bit ones as in `add_full`."""
+    if A.is_cuda and A.dtype in SIXTEEN_BITS:
+        torch.addmm(C, A.T, B, out_dtype=torch.float32, out=C)
+        return
+    C.addmm_(A.to(C.dtype).T, B.to(C.dtype))
+
+
 def add_blocks(H: Tensor, X: Tensor) -> None:
     """H (d_in/block, block, block) += the diagonal blocks of Xᵀ X, in place, by one batched matmul.  X (tokens, d_in)."""
     if X.is_cuda and H.dtype == torch.float32:

@@ -2,8 +2,11 @@
 
 For each layer: run it once and collect H per stage; quantize its linears; run it again to get the next layer's input.  One
 layer's Hessians are alive at a time, and layers are asked of the adapter one by one.
+
+Where drift is made good (ptq.drift), the original model's hidden states come along, and a layer is run stage by stage.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,14 +16,13 @@ from torch import Tensor, nn
 from ptq.activations import Activations, each_batch, embed_all
 from ptq.adapter import Adapter
 from ptq.clock import phase
+from ptq.collect import Original, Stage, Sums, collect, owners_of
 from ptq.config import QuantConfig
-from ptq.distributed import Team, assign
-from ptq.hessian import Hessian
+from ptq.distributed import Team
 from ptq.packing import Quantized
 from ptq.plan import Plan, make_plan
-from ptq.stage import Numbers, Record, Solved, Stage, make_record, share_solved, solve_stage
+from ptq.stage import Numbers, Record, Solved, make_record, share_solved, solve_stage
 from ptq.token_weights import TokenWeights
-from ptq.watch import watch_linears
 
 
 @dataclass(frozen=True)
@@ -70,27 +72,53 @@ def quantize_layers(
     team = team or Team()
     if not batches and config.needs_calibration:
         raise ValueError(f"method {config.method} with scale rule {config.rule} needs calibration tokens")
-    hidden, sequences = None, 0
+    hidden, unquantized, sequences = None, None, 0
     if batches:
         device = batches[0].device
         sequences = round(team.total(sum(len(tokens) for tokens in batches), device))
         hidden = embed_all(adapter, batches, on_host, team.local_groups(sequences))
+        unquantized = hidden.copy(on_host) if config.drift else None
     weights = {name: torch.cat(parts) for name, parts in (token_weights or {}).items()}
     for index, (prefix, layer) in enumerate(adapter.layers(range(0 if hidden else finished, len(adapter.names)))):
         index += 0 if hidden else finished
+        original = Original(copy.deepcopy(layer), unquantized) if unquantized else None
         if index < finished:
             assert hidden and restore
             hidden.batch = restore(index, layer)
         else:
-            stages = stages_of(adapter, prefix, layer, plan)
             batch = hidden.batch if hidden else 0
-            with phase("forward"):
-                hessians = collect_hessians(adapter, layer, stages, hidden, weights, team, sequences)
-            records, quantized = quantize_stages(stages, hessians, config, team)
+            records, quantized = quantize_layer(adapter, prefix, layer, hidden, weights, config, plan, team, sequences, original)
             yield LayerResult(index, layer, records, quantized, hidden.batch if hidden else batch)
-        if hidden:
-            with phase("forward"):
+        with phase("forward"):
+            if hidden:
                 propagate(adapter, layer, hidden)
+            if original:
+                propagate(adapter, original.layer, original.hidden)
+
+
+def quantize_layer(
+    adapter: Adapter,
+    prefix: str,
+    layer: nn.Module,
+    hidden: Activations | None,
+    weights: Mapping[str, Tensor],
+    config: QuantConfig,
+    plan: Plan,
+    team: Team,
+    sequences: int,
+    original: Original | None,
+) -> tuple[list[Record], dict[str, Quantized]]:
+    """Quantizes the layer in place: all stages from one pass, or with an `original` one after the other."""
+    stages = stages_of(adapter, prefix, layer, plan)
+    records: list[Record] = []
+    quantized: dict[str, Quantized] = {}
+    for part in [[stage] for stage in stages] if original else [stages]:
+        with phase("forward"):
+            sums = collect(adapter, layer, part, hidden, weights, team, sequences, original)
+        new_records, new_quantized = quantize_stages(part, sums, config, team)
+        records += new_records
+        quantized |= new_quantized
+    return records, quantized
 
 
 def stages_of(adapter: Adapter, prefix: str, layer: nn.Module, plan: Plan) -> list[Stage]:
@@ -117,84 +145,17 @@ def propagate(adapter: Adapter, layer: nn.Module, hidden: Activations) -> None:
     each_batch(hidden, "forward", work)
 
 
-def collect_hessians(
-    adapter: Adapter,
-    layer: nn.Module,
-    stages: list[Stage],
-    hidden: Activations | None,
-    token_weights: Mapping[str, Tensor],
-    team: Team,
-    sequences: int,
-) -> list[Hessian | None]:
-    """One Hessian per stage from one pass of `hidden` through the layer, summed over the team on the rank that solves it.
-
-    `sequences`: of all ranks.
-    """
-    if hidden is None:
-        return [None] * len(stages)
-    partial: list[tuple[int, list[Hessian]]] = []  # a tree of sums: two of the same height become one of the next
-    for groups in [[group] for group in hidden.groups] if team.deterministic else [hidden.groups]:
-        new = 0, collect_groups(adapter, layer, stages, hidden, token_weights, groups)
-        while partial and partial[-1][0] == new[0]:
-            height, before = partial.pop()
-            new = height + 1, [a.merge(b) for a, b in zip(before, new[1], strict=True)]
-        partial.append(new)
-    ((_, hessians),) = partial
-    with phase("communicate"):
-        for hessian, owner in zip(hessians, owners_of(stages, team), strict=True):
-            team.sum_to(hessian.sum, owner)
-            team.sum_to(hessian.weight, owner)
-            hessian.tokens = sequences * hidden.data.shape[1]
-    return list(hessians)
-
-
-def collect_groups(
-    adapter: Adapter,
-    layer: nn.Module,
-    stages: list[Stage],
-    hidden: Activations,
-    token_weights: Mapping[str, Tensor],
-    groups: list[slice],
-) -> list[Hessian]:
-    firsts = [next(iter(stage.items())) for stage in stages]
-    names: dict[nn.Module, str] = {linear: name for name, linear in firsts}
-    hessians: dict[nn.Module, Hessian] = {}
-
-    def restart() -> None:
-        hessians.update({linear: Hessian(linear.in_features, device=linear.weight.device) for _, linear in firsts})
-
-    def work(rows: slice) -> None:
-        def see(linear: nn.Module, x: Tensor, _y: Tensor) -> None:
-            with phase("hessian"):
-                hessians[linear].add(x, token_weights[names[linear]][rows] if token_weights else None)
-
-        with watch_linears(names, see):
-            adapter.forward(layer, hidden.load(rows))
-
-    restart()
-    each_batch(hidden, "forward", work, groups=groups, restart=restart)
-    return list(hessians.values())
-
-
-def owners_of(stages: list[Stage], team: Team) -> list[int]:
-    """The rank that solves each stage.  A factorization costs about as much as a sweep over as many rows as there are columns."""
-    shapes = [
-        (sum(linear.out_features for linear in stage.values()), next(iter(stage.values())).in_features) for stage in stages
-    ]
-    return assign([(d_out + d_in) * d_in * d_in for d_out, d_in in shapes], team.size)
-
-
 def quantize_stages(
-    stages: list[Stage], hessians: list[Hessian | None], config: QuantConfig, team: Team
+    stages: list[Stage], sums: list[Sums | None], config: QuantConfig, team: Team
 ) -> tuple[list[Record], dict[str, Quantized]]:
     """Solves the stages, each on its rank, and puts the results into the linears of every rank."""
     owners = owners_of(stages, team)
     solved: list[Solved | None] = [None] * len(stages)
     for i, stage in enumerate(stages):
-        hessian, hessians[i] = hessians[i], None
+        own, sums[i] = sums[i], None
         if owners[i] == team.rank:
             try:
-                solved[i] = solve_stage(stage, hessian, config)
+                solved[i] = solve_stage(stage, own, config)
             except ValueError as error:
                 raise type(error)(f"{', '.join(stage)}: {error}") from None
     with phase("communicate"):

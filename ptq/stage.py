@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ptq.clock import Moment, now, phase, seconds_between
+from ptq.collect import Stage, Sums
 from ptq.config import QuantConfig
 from ptq.distributed import Team
 from ptq.formats import choose_tensor_scale
-from ptq.hessian import Hessian
 from ptq.methods import METHODS
 from ptq.methods.rtn import rtn
 from ptq.methods.solution import Solution
@@ -22,8 +22,6 @@ from ptq.packing import Quantized
 # Rounding alone leaves the two sides of the identity within about 2 √d_in · eps · ‖W‖/‖Δ‖ of each other, 2e-4 for d_in = 14336
 # and an error of 5 %; the bugs it is there to catch (stale or missing feedback) change one side by tens of percent.
 CERTIFICATE_TOLERANCE = 1e-2
-
-Stage = dict[str, nn.Linear]
 
 
 class CertificateError(RuntimeError):
@@ -34,8 +32,8 @@ class CertificateError(RuntimeError):
 class Record:
     """What happened to one linear.
 
-    `error`: ‖(W - Q) X‖ / ‖W X‖ on the calibration tokens, weighted as H is; `rtn_error` the same for RTN with absmax scales;
-    None without calibration.  `certificate`: relative difference of the two sides of the loss identity (gptq only).
+    `error`: ‖(W - Q) X‖ / ‖W X‖ on the calibration tokens, weighted as H is, or ‖(T - Q) X‖ / ‖W X‖ where drift moved W to T;
+    `rtn_error` the same for RTN of W with absmax scales; None without calibration.  `certificate`: relative difference of the two sides of the loss identity (gptq only).
     `dead_inputs`: columns no token reached.  `seconds`: this linear's share, by rows, of its stage.
     """
 
@@ -79,22 +77,25 @@ class Solved:
     end: Moment
 
 
-def solve_stage(stage: Stage, hessian: Hessian | None, config: QuantConfig) -> Solved:
+def solve_stage(stage: Stage, sums: Sums | None, config: QuantConfig) -> Solved:
     """Quantizes the linears of one stage as one matrix: they share H, U and, as serving engines fuse them, tensor_scale.
 
-    The Hessian is used up.
+    The sums are used up.
     """
     sizes = [linear.out_features for linear in stage.values()]
     device = next(iter(stage.values())).weight.device
     begin = now(device)
-    H, tokens = (hessian.take_mean(), hessian.tokens) if hessian else (None, 0)
-    W = torch.cat([linear.weight.float() for linear in stage.values()])
-    tensor_scale = choose_tensor_scale(W, config.format)
+    H, tokens = (sums.hessian.take_mean(), sums.hessian.tokens) if sums else (None, 0)
+    W = T = torch.cat([linear.weight.float() for linear in stage.values()])
+    if sums and sums.drift:
+        with phase("drift"):
+            T = sums.drift.target(W, H, sums.hessian.weight, strength=config.drift, ridge=config.ridge)
+    tensor_scale = choose_tensor_scale(T, config.format)
     with phase("sweep"):
-        solution = METHODS[config.method](W, H, config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp)
+        solution = METHODS[config.method](T, H, config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp)
     with phase("report"):
         nothing = W.new_zeros(len(W), dtype=torch.float64)
-        energies = [nothing] * 3 if H is None else output_energies(W, H, solution, config)
+        energies = [nothing] * 3 if H is None else output_energies(W, T, H, solution, config)
         identity = [nothing if side is None else side for side in (solution.accumulated, solution.measured)]
         sums = [torch.stack([part.sum() for part in rows.split(sizes)]) for rows in (*energies, *identity)]
         dead = 0 if H is None else (H.diagonal() == 0).sum()
@@ -103,10 +104,11 @@ def solve_stage(stage: Stage, hessian: Hessian | None, config: QuantConfig) -> S
     return Solved(solution.quantized, torch.stack([*sums, *constants], 1), begin, now(device))
 
 
-def output_energies(W: Tensor, H: Tensor, solution: Solution, config: QuantConfig) -> list[Tensor]:
-    """Of W, of the error, and of the error of RTN with absmax scales: mean over tokens of (row · x)², each (d_out,) float64."""
+def output_energies(W: Tensor, T: Tensor, H: Tensor, solution: Solution, config: QuantConfig) -> list[Tensor]:
+    """Of W, of the error of T, and of that of W after RTN with absmax scales: mean over tokens of (row · x)², each (d_out,)
+    float64."""
     baseline = rtn(W, None, config.format, rule="absmax", tensor_scale=solution.quantized.tensor_scale).quantized.dequantize()
-    error = W - solution.quantized.dequantize()
+    error = T - solution.quantized.dequantize()
     if solution.measured is None:
         ours = ((error @ H) * error).sum(1, dtype=torch.float64)
     else:  # what the method measured, less the damping in it

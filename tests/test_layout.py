@@ -42,6 +42,8 @@ RANK = {
     "ptq.clock": 1,
     "ptq.distributed": 1,
     "ptq.activations": 2,
+    "ptq.drift": 7,
+    "ptq.collect": 8,
     "ptq.estimate": 12,
     "ptq.stage": 12,
     "ptq.runner": 13,
