@@ -12,7 +12,8 @@ from ptq.scales import RULES
 class QuantConfig:
     """`rule`: how block scales are chosen.  `damp`: relative to mean(diag H).  `ignore`: linears left alone, by full name or by
     `re:PATTERN` matched from the start of the name.  `drift`: how much of what earlier layers lost each linear makes good
-    (ptq.drift), 0 to 1, against a ridge of `ridge` · mean(diag H).  Raises ValueError for settings that do not fit."""
+    (ptq.drift), 0 to 1, against a ridge of `ridge` · mean(diag H).  `row_feedback`: rounding
+    errors are fed forward over rows too, for which gptq needs the curvature of the loss (ptq.token_weights).  Raises ValueError for settings that do not fit."""
 
     format: Format = NVFP4
     method: str = "gptq"
@@ -21,6 +22,7 @@ class QuantConfig:
     ignore: tuple[str, ...] = field(default=())
     drift: float = 0.0
     ridge: float = 0.1
+    row_feedback: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -38,6 +40,8 @@ class QuantConfig:
             raise ValueError(f"damp must be positive, not {self.damp}")
         if not 0 <= self.drift <= 1:
             raise ValueError(f"drift is the share of the loss that is made good, 0 to 1, not {self.drift}")
+        if self.row_feedback and self.method != "gptq":
+            raise ValueError(f"row feedback is part of method gptq; {self.method} feeds no error forward")
         if not self.ridge > 0:
             raise ValueError(f"ridge must be positive, not {self.ridge}")
 

@@ -37,17 +37,22 @@ class LayerResult:
 
 
 def quantize_model(
-    adapter: Adapter, batches: Sequence[Tensor] | None, config: QuantConfig, token_weights: TokenWeights | None = None
+    adapter: Adapter,
+    batches: Sequence[Tensor] | None,
+    config: QuantConfig,
+    token_weights: TokenWeights | None = None,
+    curvature: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[Record, Quantized]]:
     """Quantizes the model in place and yields (record, weight) for each linear as its layer is done.
 
     `batches`: token ids (n, length) each, on the model's device; None for methods that need no calibration.  `token_weights`: for
     the same batches, what each token counts for in H (ptq.token_weights); every token counts the same without.
+    `curvature`: by linear, G for row feedback (ptq.token_weights).
     Raises ValueError, before any work, for whatever `make_plan` finds, and later for non-finite activations or an H that damping
     does not cure, naming layer and stage; CertificateError where the loss identity fails.
     """
     plan = make_plan(adapter, config)
-    for done in quantize_layers(adapter, batches, config, plan, token_weights):
+    for done in quantize_layers(adapter, batches, config, plan, token_weights, curvature):
         yield from ((record, done.quantized[record.name]) for record in done.records)
 
 
@@ -58,6 +63,7 @@ def quantize_layers(
     config: QuantConfig,
     plan: Plan,
     token_weights: TokenWeights | None = None,
+    curvature: Mapping[str, Tensor] | None = None,
     *,
     team: Team | None = None,
     finished: int = 0,
@@ -72,6 +78,8 @@ def quantize_layers(
     team = team or Team()
     if not batches and config.needs_calibration:
         raise ValueError(f"method {config.method} with scale rule {config.rule} needs calibration tokens")
+    if config.row_feedback and curvature is None:
+        raise ValueError("row feedback needs the curvature of the loss in every linear's outputs; give what token_weights leaves")
     hidden, unquantized, sequences = None, None, 0
     if batches:
         device = batches[0].device
@@ -87,38 +95,19 @@ def quantize_layers(
             hidden.batch = restore(index, layer)
         else:
             batch = hidden.batch if hidden else 0
-            records, quantized = quantize_layer(adapter, prefix, layer, hidden, weights, config, plan, team, sequences, original)
+            stages = stages_of(adapter, prefix, layer, plan)
+            records: list[Record] = []
+            quantized: dict[str, Quantized] = {}
+            for part in [[stage] for stage in stages] if original else [stages]:
+                with phase("forward"):
+                    sums = collect(adapter, layer, part, hidden, weights, team, sequences, original)
+                records += quantize_stages(part, sums, config, team, quantized, curvature or {})
             yield LayerResult(index, layer, records, quantized, hidden.batch if hidden else batch)
         with phase("forward"):
             if hidden:
                 propagate(adapter, layer, hidden)
             if original:
                 propagate(adapter, original.layer, original.hidden)
-
-
-def quantize_layer(
-    adapter: Adapter,
-    prefix: str,
-    layer: nn.Module,
-    hidden: Activations | None,
-    weights: Mapping[str, Tensor],
-    config: QuantConfig,
-    plan: Plan,
-    team: Team,
-    sequences: int,
-    original: Original | None,
-) -> tuple[list[Record], dict[str, Quantized]]:
-    """Quantizes the layer in place: all stages from one pass, or with an `original` one after the other."""
-    stages = stages_of(adapter, prefix, layer, plan)
-    records: list[Record] = []
-    quantized: dict[str, Quantized] = {}
-    for part in [[stage] for stage in stages] if original else [stages]:
-        with phase("forward"):
-            sums = collect(adapter, layer, part, hidden, weights, team, sequences, original)
-        new_records, new_quantized = quantize_stages(part, sums, config, team)
-        records += new_records
-        quantized |= new_quantized
-    return records, quantized
 
 
 def stages_of(adapter: Adapter, prefix: str, layer: nn.Module, plan: Plan) -> list[Stage]:
@@ -146,16 +135,21 @@ def propagate(adapter: Adapter, layer: nn.Module, hidden: Activations) -> None:
 
 
 def quantize_stages(
-    stages: list[Stage], sums: list[Sums | None], config: QuantConfig, team: Team
-) -> tuple[list[Record], dict[str, Quantized]]:
-    """Solves the stages, each on its rank, and puts the results into the linears of every rank."""
+    stages: list[Stage],
+    sums: list[Sums | None],
+    config: QuantConfig,
+    team: Team,
+    quantized: dict[str, Quantized],
+    curvature: Mapping[str, Tensor],
+) -> list[Record]:
+    """Solves the stages, each on its rank, and puts the results into the linears of every rank and into `quantized`."""
     owners = owners_of(stages, team)
     solved: list[Solved | None] = [None] * len(stages)
     for i, stage in enumerate(stages):
         own, sums[i] = sums[i], None
         if owners[i] == team.rank:
             try:
-                solved[i] = solve_stage(stage, own, config)
+                solved[i] = solve_stage(stage, own, config, curvature)
             except ValueError as error:
                 raise type(error)(f"{', '.join(stage)}: {error}") from None
     with phase("communicate"):
@@ -163,7 +157,6 @@ def quantize_stages(
             share_solved(stage, one, owner, config, team) for stage, one, owner in zip(stages, solved, owners, strict=True)
         ]
     records: list[Record] = []
-    quantized: dict[str, Quantized] = {}
     for stage, (whole, numbers) in zip(stages, shared, strict=True):
         Q, start = whole.dequantize(), 0
         for (name, linear), row in zip(stage.items(), numbers.tolist(), strict=True):
@@ -172,4 +165,4 @@ def quantize_stages(
             records.append(make_record(name, linear, Numbers(*row), config))
             quantized[name] = whole.rows(start, stop)
             start = stop
-    return records, quantized
+    return records

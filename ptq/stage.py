@@ -3,7 +3,9 @@
 Nothing here waits for the device but a factorization that may fail: the numbers of a record are tensors until the layer ends.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from ptq.distributed import Team
 from ptq.formats import choose_tensor_scale
 from ptq.methods import METHODS
 from ptq.methods.rtn import rtn
-from ptq.methods.solution import Solution
+from ptq.methods.solution import Solution, join
 from ptq.packing import Quantized
 
 # Rounding alone leaves the two sides of the identity within about 2 √d_in · eps · ‖W‖/‖Δ‖ of each other, 2e-4 for d_in = 14336
@@ -34,7 +36,7 @@ class Record:
 
     `error`: ‖(W - Q) X‖ / ‖W X‖ on the calibration tokens, weighted as H is, or ‖(T - Q) X‖ / ‖W X‖ where drift moved W to T;
     `rtn_error` the same for RTN of W with absmax scales; None without calibration.  `certificate`: relative difference of the two sides of the loss identity (gptq only).
-    `dead_inputs`: columns no token reached.  `seconds`: this linear's share, by rows, of its stage.
+    `moved_scales`: share of the blocks whose scale is another than the absmax one.  `dead_inputs`: columns no token reached.  `seconds`: this linear's share, by rows, of its stage.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Record:
     error: float | None
     rtn_error: float | None
     certificate: float | None
+    moved_scales: float
     damp: float
     dead_inputs: int | None
     tokens: int
@@ -54,6 +57,7 @@ class Numbers(NamedTuple):
     """What the device found of one linear.  Energies: Σ over rows of the mean over tokens of (row · x)².
 
     `feeds_forward`: 1 where the method has a loss identity, whose sides are `accumulated` and `measured`, else 0.
+    `moved`: Σ over rows of the share of blocks whose scale is not the absmax one.
     """
 
     whole: float
@@ -61,6 +65,7 @@ class Numbers(NamedTuple):
     baseline: float
     accumulated: float
     measured: float
+    moved: float
     feeds_forward: float
     dead: float
     tokens: float
@@ -69,7 +74,7 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True)
 class Solved:
-    """A quantized stage.  numbers (linears, 9) float64, on the device: rows of `Numbers`, seconds still 0."""
+    """A quantized stage.  numbers (linears, 10) float64, on the device: rows of `Numbers`, seconds still 0."""
 
     quantized: Quantized
     numbers: Tensor
@@ -77,10 +82,12 @@ class Solved:
     end: Moment
 
 
-def solve_stage(stage: Stage, sums: Sums | None, config: QuantConfig) -> Solved:
+def solve_stage(
+    stage: Stage, sums: Sums | None, config: QuantConfig, curvature: Mapping[str, Tensor] | None = None
+) -> Solved:
     """Quantizes the linears of one stage as one matrix: they share H, U and, as serving engines fuse them, tensor_scale.
 
-    The sums are used up.
+    The sums are used up.  With row feedback each linear is solved with its own `curvature`.
     """
     sizes = [linear.out_features for linear in stage.values()]
     device = next(iter(stage.values())).weight.device
@@ -92,24 +99,32 @@ def solve_stage(stage: Stage, sums: Sums | None, config: QuantConfig) -> Solved:
             T = sums.drift.target(W, H, sums.hessian.weight, strength=config.drift, ridge=config.ridge)
     tensor_scale = choose_tensor_scale(T, config.format)
     with phase("sweep"):
-        solution = METHODS[config.method](T, H, config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp)
+        how = partial(METHODS[config.method], format=config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp)
+        if config.row_feedback:
+            assert curvature is not None
+            parts = zip(T.split(sizes), stage, strict=True)
+            solution = join([how(part, H, G=curvature[name].to(device)) for part, name in parts])
+        else:
+            solution = how(T, H)
     with phase("report"):
         nothing = W.new_zeros(len(W), dtype=torch.float64)
-        energies = [nothing] * 3 if H is None else output_energies(W, T, H, solution, config)
+        baseline = rtn(W, None, config.format, rule="absmax", tensor_scale=tensor_scale).quantized
+        energies = [nothing] * 3 if H is None else output_energies(W, T, H, solution, baseline.dequantize(), config)
         identity = [nothing if side is None else side for side in (solution.accumulated, solution.measured)]
-        sums = [torch.stack([part.sum() for part in rows.split(sizes)]) for rows in (*energies, *identity)]
+        moved = (solution.quantized.scales != baseline.scales).double().sum(1) / baseline.scales.shape[1]
+        totals = [torch.stack([part.sum() for part in rows.split(sizes)]) for rows in (*energies, *identity, moved)]
         dead = 0 if H is None else (H.diagonal() == 0).sum()
         same = (solution.measured is not None, dead, tokens, 0)
         constants = [torch.as_tensor(value, dtype=torch.float64, device=device).expand(len(sizes)) for value in same]
-    return Solved(solution.quantized, torch.stack([*sums, *constants], 1), begin, now(device))
+    return Solved(solution.quantized, torch.stack([*totals, *constants], 1), begin, now(device))
 
 
-def output_energies(W: Tensor, T: Tensor, H: Tensor, solution: Solution, config: QuantConfig) -> list[Tensor]:
-    """Of W, of the error of T, and of that of W after RTN with absmax scales: mean over tokens of (row · x)², each (d_out,)
-    float64."""
-    baseline = rtn(W, None, config.format, rule="absmax", tensor_scale=solution.quantized.tensor_scale).quantized.dequantize()
+def output_energies(
+    W: Tensor, T: Tensor, H: Tensor, solution: Solution, baseline: Tensor, config: QuantConfig
+) -> list[Tensor]:
+    """Of W, of the error of T, and of the error of the baseline: mean over tokens of (row · x)², each (d_out,) float64."""
     error = T - solution.quantized.dequantize()
-    if solution.measured is None:
+    if solution.measured is None or config.row_feedback:
         ours = ((error @ H) * error).sum(1, dtype=torch.float64)
     else:  # what the method measured, less the damping in it
         ours = solution.measured - config.damp * H.diagonal().mean() * error.square().sum(1, dtype=torch.float64)
@@ -154,6 +169,7 @@ def make_record(name: str, linear: nn.Linear, numbers: Numbers, config: QuantCon
         error=relative(numbers.ours, numbers.whole) if known else None,
         rtn_error=relative(numbers.baseline, numbers.whole) if known else None,
         certificate=certify(name, numbers),
+        moved_scales=numbers.moved / linear.out_features,
         damp=config.damp,
         dead_inputs=int(numbers.dead) if known else None,
         tokens=int(numbers.tokens),

@@ -4,6 +4,9 @@ An error Δ in a stage's weights changes its output at token t by Δ x_t, and th
 makes GPTQ spend its freedom where the model's loss feels it.  (The diagonal-in-tokens form of what GuidedQuant, Kim et al. 2025,
 does per group of output channels.)
 
+The same pass can leave, for each linear, the curvature G = Σ g gᵀ of the loss in its outputs, g = ∂L/∂y, for GPTQ's feedback over
+rows (ptq.methods.gptq).
+
 One backward pass of the unquantized model, a segment of layers at a time.  On the way up the input of each segment is kept; on the
 way down a small batch runs through a segment with its graph, and the gradient comes back through it.  Weights are frozen, so
 the graph holds activations only.  Every layer is run twice but those of the last segment, which are run once.
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from ptq.activations import Activations, belongs_on_host, each_batch, embed_all
 from ptq.adapter import Adapter
 from ptq.clock import phase
+from ptq.hessian import add_full
 from ptq.watch import watch_linears
 
 TokenWeights = dict[str, list[Tensor]]
@@ -34,6 +38,7 @@ def token_weights(
     segment: int = SEGMENT,
     on_host: bool | None = None,
     groups: Sequence[slice] | None = None,
+    curvature: dict[str, Tensor] | None = None,
     progress: Callable[[str], object] = lambda layer: None,
 ) -> TokenWeights:
     """For the first linear of each stage, by full name: one tensor (n, length) float32 per batch, not normalised.
@@ -41,7 +46,7 @@ def token_weights(
     The loss is the sum of next-token negative log likelihoods: of the text itself, or with `seed` of labels sampled from the
     model's own predictions, which makes the weights the Fisher information of its outputs.  `first`: the number of the first
     sequence, by which labels are drawn.  `segment`: layers whose graph is kept at once, for two `segment`-ths of a batch;
-    `groups`: sequences that no batch mixes.
+    `groups`: sequences that no batch mixes.  `curvature`: gets G (d_out, d_out) float32 of every linear, by full name, on the CPU.
     `progress` is called with each layer's name on the way down.
     """
     tokens = torch.cat(list(batches))
@@ -57,7 +62,7 @@ def token_weights(
         for start, stop in reversed(list(zip(starts, stops, strict=True))):
             part = list(islice(layers, stop - start))
             inputs = hidden if stop == len(adapter.names) else kept.pop()
-            descend(adapter, part, inputs, hidden, tokens if inputs is hidden else None, weights, seed, first)
+            descend(adapter, part, inputs, hidden, tokens if inputs is hidden else None, weights, curvature, seed, first)
             for name, _ in reversed(part):
                 progress(name)
             del part, inputs
@@ -87,10 +92,12 @@ def descend(
     hidden: Activations,
     tokens: Tensor | None,
     weights: dict[str, Tensor],
+    curvature: dict[str, Tensor] | None,
     seed: int | None,
     first: int,
 ) -> None:
-    """Overwrites `hidden`, which holds ∂L/∂(output of the segment), with ∂L/∂(its input), and fills in the segment's `weights`.
+    """Overwrites `hidden`, which holds ∂L/∂(output of the segment), with ∂L/∂(its input), and fills in the segment's `weights`
+    and `curvature`.
 
     With `tokens` the segment is the last, and the gradient of its output is that of the loss.
     """
@@ -102,14 +109,19 @@ def descend(
     }
     for name in names.values():
         weights[name] = torch.zeros(hidden.data.shape[:2], device=hidden.device)
+    own = {layer.get_submodule(name): f"{prefix}.{name}" for prefix, layer in part for stage in adapter.stages for name in stage}
+    G = {} if curvature is None else {linear: square(linear.out_features, hidden.device) for linear in own}
 
     def work(rows: slice) -> None:
+        gradients: list[tuple[nn.Module, Tensor]] = []
         for name in names.values():
             weights[name][rows] = 0
 
         def see(linear: nn.Module, _x: Tensor, y: Tensor) -> None:
             def add(gradient: Tensor) -> None:
                 weights[names[linear]][rows] += torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square()
+                if curvature is not None:
+                    gradients.append((linear, gradient))
 
             y.register_hook(add)
 
@@ -122,9 +134,17 @@ def descend(
             else:
                 gradient = loss_gradient(adapter, y.detach(), tokens[rows], seed, first + rows.start)
             (gradient,) = torch.autograd.grad(y, x, gradient)
+        for linear, g in gradients:  # only now: a batch that runs out of memory comes again
+            add_full(G[linear], g.flatten(0, -2))
         hidden.store(rows, gradient)
 
     each_batch(hidden, "weigh", work, divisor=max(1, len(part) // 2))
+    if curvature is not None:
+        curvature.update({own[linear]: total.cpu() for linear, total in G.items()})
+
+
+def square(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, size, device=device)
 
 
 def loss_gradient(adapter: Adapter, hidden: Tensor, tokens: Tensor, seed: int | None, first: int) -> Tensor:
