@@ -8,6 +8,14 @@ from ptq.methods import METHODS
 from ptq.scales import RULES
 
 
+# What GPTQ does unless told otherwise: each lowers KL and takes longer (docs/accuracy.md has the numbers).
+EFFORTS: dict[str, dict] = {
+    "fast": {"scales": "local", "token_weights": "none", "drift": 0.0, "row_feedback": False},
+    "default": {"scales": "joint", "token_weights": "none", "drift": 1.0, "row_feedback": False},
+    "best": {"scales": "joint", "token_weights": "sampled", "drift": 1.0, "row_feedback": True},
+}
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """`rule`: how block scales are chosen.  `damp`: relative to mean(diag H).  `ignore`: linears left alone, by full name or by

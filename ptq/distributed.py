@@ -70,6 +70,12 @@ class Team:
             tensor += other
             step *= 2
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """In place: the sum over ranks, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def total(self, value: float, device: torch.device) -> float:
         if self.size == 1:
             return value

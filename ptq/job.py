@@ -38,7 +38,7 @@ def do_layers(
     """All layers are in the unfinished folder afterwards.  progress("weigh" | "quantize", layer) as each is done."""
     share = team.share(len(job.calibration))
     batches = job.calibration[share].to(job.device).split(job.batch)
-    weights = weigh(job, batches, share, unfinished, team, progress)
+    weights, curvature = weigh(job, batches, share, unfinished, team, progress)
     names = job.adapter.names
     layers = quantize_layers(
         job.adapter,
@@ -46,6 +46,7 @@ def do_layers(
         job.config,
         job.plan,
         weights,
+        curvature,
         team=team,
         finished=unfinished.finished,
         restore=lambda index, layer: unfinished.restore(names[index], index, layer, job.config.format),
@@ -68,13 +69,15 @@ def weigh(
     unfinished: Unfinished,
     team: Team,
     progress: Callable[[str, str], None],
-) -> TokenWeights | None:
-    """Token weights of this rank's sequences, which a later run finds again."""
+) -> tuple[TokenWeights | None, dict[str, Tensor]]:
+    """Token weights of this rank's sequences, and the curvature for row feedback; a later run finds them again."""
     if job.weighing == "none" or unfinished.finished == len(job.adapter.names):
-        return None
+        return None, {}
     kept = team.exchange(unfinished.load_weights() is not None)[0]
     if kept:
-        return {name: [weights[share].to(job.device)] for name, weights in (unfinished.load_weights() or {}).items()}
+        whole = unfinished.load_weights() or {}
+        return {name: [weights[share].to(job.device)] for name, weights in whole.items()}, unfinished.load_curvature()
+    curvature: dict[str, Tensor] = {}
     weights = token_weights(
         job.adapter,
         batches,
@@ -82,9 +85,13 @@ def weigh(
         first=share.start,
         on_host=job.on_host,
         groups=team.local_groups(len(job.calibration)),
+        curvature=curvature if job.config.row_feedback else None,
         progress=lambda name: progress("weigh", name),
     )
-    whole = {name: [team.collect(torch.cat(parts), len(job.calibration))] for name, parts in weights.items()}
+    collected = {name: [team.collect(torch.cat(parts), len(job.calibration))] for name, parts in weights.items()}
+    for name, G in curvature.items():
+        curvature[name] = team.sum(G.to(job.device)).cpu()
     if team.rank == 0:
-        unfinished.save_weights(whole)
-    return weights
+        unfinished.save_curvature(curvature)
+        unfinished.save_weights(collected)
+    return weights, curvature

@@ -8,7 +8,7 @@ Where drift is made good (ptq.drift), the original model's hidden states come al
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ptq.clock import phase
 from ptq.collect import Original, Stage, Sums, collect, owners_of
 from ptq.config import QuantConfig
 from ptq.distributed import Team
+from ptq.held_out import HeldOut
 from ptq.packing import Quantized
 from ptq.plan import Plan, make_plan
 from ptq.stage import Numbers, Record, Solved, make_record, share_solved, solve_stage
@@ -42,17 +43,18 @@ def quantize_model(
     config: QuantConfig,
     token_weights: TokenWeights | None = None,
     curvature: Mapping[str, Tensor] | None = None,
+    held_out: Tensor | None = None,
 ) -> Iterator[tuple[Record, Quantized]]:
     """Quantizes the model in place and yields (record, weight) for each linear as its layer is done.
 
     `batches`: token ids (n, length) each, on the model's device; None for methods that need no calibration.  `token_weights`: for
     the same batches, what each token counts for in H (ptq.token_weights); every token counts the same without.
-    `curvature`: by linear, G for row feedback (ptq.token_weights).
+    `curvature`: by linear, G for row feedback (ptq.token_weights).  `held_out`: token ids (n, length) to measure errors on.
     Raises ValueError, before any work, for whatever `make_plan` finds, and later for non-finite activations or an H that damping
     does not cure, naming layer and stage; CertificateError where the loss identity fails.
     """
     plan = make_plan(adapter, config)
-    for done in quantize_layers(adapter, batches, config, plan, token_weights, curvature):
+    for done in quantize_layers(adapter, batches, config, plan, token_weights, curvature, held_out):
         yield from ((record, done.quantized[record.name]) for record in done.records)
 
 
@@ -64,6 +66,7 @@ def quantize_layers(
     plan: Plan,
     token_weights: TokenWeights | None = None,
     curvature: Mapping[str, Tensor] | None = None,
+    held_out: Tensor | None = None,
     *,
     team: Team | None = None,
     finished: int = 0,
@@ -86,13 +89,18 @@ def quantize_layers(
         sequences = round(team.total(sum(len(tokens) for tokens in batches), device))
         hidden = embed_all(adapter, batches, on_host, team.local_groups(sequences))
         unquantized = hidden.copy(on_host) if config.drift else None
+    watch = None if held_out is None else HeldOut(adapter, held_out)
     weights = {name: torch.cat(parts) for name, parts in (token_weights or {}).items()}
     for index, (prefix, layer) in enumerate(adapter.layers(range(0 if hidden else finished, len(adapter.names)))):
         index += 0 if hidden else finished
+        if watch:
+            watch.before(layer)
         original = Original(copy.deepcopy(layer), unquantized) if unquantized else None
         if index < finished:
             assert hidden and restore
             hidden.batch = restore(index, layer)
+            if watch:
+                watch.after(layer)
         else:
             batch = hidden.batch if hidden else 0
             stages = stages_of(adapter, prefix, layer, plan)
@@ -102,6 +110,9 @@ def quantize_layers(
                 with phase("forward"):
                     sums = collect(adapter, layer, part, hidden, weights, team, sequences, original)
                 records += quantize_stages(part, sums, config, team, quantized, curvature or {})
+            if watch:
+                errors = watch.after(layer)
+                records = [replace(one, held_out_error=float(errors[one.name[len(prefix) + 1 :]])) for one in records]
             yield LayerResult(index, layer, records, quantized, hidden.batch if hidden else batch)
         with phase("forward"):
             if hidden:

@@ -37,6 +37,7 @@ class Record:
     `error`: ‖(W - Q) X‖ / ‖W X‖ on the calibration tokens, weighted as H is, or ‖(T - Q) X‖ / ‖W X‖ where drift moved W to T;
     `rtn_error` the same for RTN of W with absmax scales; None without calibration.  `certificate`: relative difference of the two sides of the loss identity (gptq only).
     `moved_scales`: share of the blocks whose scale is another than the absmax one.  `dead_inputs`: columns no token reached.  `seconds`: this linear's share, by rows, of its stage.
+    `held_out_error`: of its outputs against the original model's (ptq.held_out).
     """
 
     name: str
@@ -51,6 +52,7 @@ class Record:
     dead_inputs: int | None
     tokens: int
     seconds: float
+    held_out_error: float | None = None
 
 
 class Numbers(NamedTuple):

@@ -1,6 +1,6 @@
 """A checkpoint in the making: what is finished is on the disk for good, and a later run goes on from there.
 
-`<output>.unfinished/` holds fingerprint.json (what the work depends on), token_weights.safetensors, layers/<n>.json (the records of
+`<output>.unfinished/` holds fingerprint.json (what the work depends on), token_weights.safetensors, curvature.safetensors (for row feedback), layers/<n>.json (the records of
 a finished layer, written after its tensors) and checkpoint/, which becomes the output at the end.  A file has its name only once
 its content is on the disk.
 """
@@ -119,6 +119,15 @@ class Unfinished:
         save_tensors(
             self.folder / "token_weights.safetensors", {name: torch.cat(parts).cpu() for name, parts in weights.items()}
         )
+
+    def save_curvature(self, curvature: Mapping[str, Tensor]) -> None:
+        """Before the weights, by which a later run knows that both are there."""
+        if curvature:
+            save_tensors(self.folder / "curvature.safetensors", curvature)
+
+    def load_curvature(self) -> dict[str, Tensor]:
+        path = self.folder / "curvature.safetensors"
+        return load_file(path) if path.is_file() else {}
 
     def load_weights(self) -> dict[str, Tensor] | None:
         """By name, (sequences, length); None where they were not finished."""

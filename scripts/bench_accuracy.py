@@ -26,8 +26,10 @@ from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import load_model
 from ptq.plan import with_block
 from ptq.runner import quantize_model
+from ptq.stage import Record
 from ptq.token_weights import TokenWeights, token_weights
 
+HELD_OUT = 4
 FIELDS = (
     "model format method scales token_weights drift row_feedback damp sequences length calibration seed "
     "test_text windows ppl kl seconds gpu commit"
@@ -88,8 +90,8 @@ def weights_of(
     return weights, curvature
 
 
-def measure(args: argparse.Namespace) -> Iterator[tuple[dict, dict[str, Score]]]:
-    """(the row's settings, score by text) of each run, the unquantized model first."""
+def measure(args: argparse.Namespace) -> Iterator[tuple[dict, dict[str, Score], list[Record]]]:
+    """(the row's settings, score by text, records) of each run, the unquantized model first."""
     model, tokenizer = load_model(args.model, dtype=torch.float32, device=args.device)
     model.requires_grad_(False)
 
@@ -99,10 +101,11 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[dict, dict[str, Score]]]
 
     calibration = windows(args.calibration)
     tests = {Path(source).name: windows([source])[: args.windows].to(args.device) for source in args.evaluate}
-    yield {"method": "original"}, scores(model, model, tests)
+    yield {"method": "original"}, scores(model, model, tests), []
     cases = [case.split("-") for case in args.cases]
     for seed in args.seeds:
-        batches = sample_windows(calibration, args.sequences, seed, args.calibration[0]).to(args.device).split(16)
+        drawn = sample_windows(calibration, args.sequences + HELD_OUT, seed, args.calibration[0])
+        batches, held_out = drawn[: args.sequences].to(args.device).split(16), drawn[args.sequences :]
         weights, curvature = weights_of(model, batches, seed, cases)
         for format in args.formats:
             for method, rule, weighing, *more in cases:
@@ -118,16 +121,34 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[dict, dict[str, Score]]]
                     )
                     begin = time.perf_counter()
                     quantized = copy.deepcopy(model)
-                    for _ in quantize_model(LlamaAdapter(quantized), batches, config, weights[weighing], curvature):
-                        pass
+                    results = quantize_model(
+                        LlamaAdapter(quantized), batches, config, weights[weighing], curvature, held_out.to(args.device)
+                    )
+                    records = [record for record, _ in results]
                     settings = {"format": format, "method": method, "scales": rule, "token_weights": weighing}
                     settings |= {"drift": config.drift, "row_feedback": config.row_feedback, "damp": damp, "seed": seed}
                     seconds = round(time.perf_counter() - begin, 2)
-                    yield settings | {"seconds": seconds}, scores(model, quantized, tests)
+                    yield settings | {"seconds": seconds}, scores(model, quantized, tests), records
 
 
 def scores(model: torch.nn.Module, other: torch.nn.Module, tests: dict[str, Tensor]) -> dict[str, Score]:
     return {text: evaluate({"original": model, "other": other}, windows)["other"] for text, windows in tests.items()}
+
+
+def write_linears(path: Path, settings: dict, records: list[Record]) -> None:
+    """Appends what is known of every linear."""
+    names = "model format method scales token_weights drift row_feedback seed".split()
+    numbers = "name error rtn_error held_out_error certificate moved_scales".split()
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if fresh:
+            writer.writerow(names + numbers)
+        for record in records:
+            found = [getattr(record, number) for number in numbers]
+            writer.writerow(
+                [settings.get(name, "") for name in names] + [f"{x:.5g}" if isinstance(x, float) else x for x in found]
+            )
 
 
 def main() -> int:
@@ -146,7 +167,8 @@ def main() -> int:
         writer = csv.DictWriter(file, FIELDS.split(), restval="")
         if fresh:
             writer.writeheader()
-        for settings, found in measure(args):
+        for settings, found, records in measure(args):
+            write_linears(args.csv.with_name("linears.csv"), common | settings, records)
             for text, score in found.items():
                 windows = score.tokens // (score.window - 1)
                 row: dict = common | settings | {"test_text": text, "windows": windows}

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import ptq
 from ptq.calibration import all_windows, read_documents, sample_windows
-from ptq.config import QuantConfig
+from ptq.config import EFFORTS, QuantConfig
 from ptq.distributed import joined
 from ptq.eval.perplexity import Score, evaluate
 from ptq.export import DTYPE, ReadBackError, check_output, save_text, verify, write_rest
@@ -46,7 +46,7 @@ from ptq.unfinished import Unfinished, fingerprint, unfinished_folder
 
 TOKENS_AT_ONCE = {"cuda": 16384, "cpu": 4096}
 VERIFY_TOKENS = 128
-SETTINGS = ("format", "method", "scales", "token_weights", "damp", "ignore")
+SETTINGS = ("format", "method", "effort", "scales", "token_weights", "drift", "row_feedback", "damp", "ignore")
 BYTES_DEPEND_ON = (*SETTINGS, "seed", "dtype", "deterministic")
 SETTINGS += ("calibration", "sequences", "length", "seed", "evaluate", "windows")
 
@@ -58,13 +58,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--format", choices=FORMATS, default="nvfp4", help="4-bit format (default: %(default)s)")
     how.add_argument("--method", choices=METHODS, default="gptq", help="rounding method (default: %(default)s)")
     how.add_argument(
-        "--scales", choices=RULES, help="how block scales are chosen (default: joint; local without token weights)"
+        "--effort",
+        choices=EFFORTS,
+        default="default",
+        help="what gptq does where the next four do not say: fast, default or best (README has a table)",
     )
+    how.add_argument("--scales", choices=RULES, help="how block scales are chosen (rtn: local)")
     how.add_argument(
         "--token-weights",
         choices=("none", "text", "sampled"),
-        help="what tokens count for: all the same, or by the loss gradient, of the text or of labels the model draws "
-        "(default: sampled for gptq, none for rtn)",
+        help="what tokens count for: all the same, or by the loss gradient, of the text or of labels the model draws",
+    )
+    how.add_argument("--drift", type=float, metavar="S", help="how much of what earlier layers lost is made good, 0 to 1")
+    how.add_argument(
+        "--row-feedback", action=argparse.BooleanOptionalAction, help="feed rounding errors forward over rows too"
     )
     how.add_argument("--block", type=int, help="weights per scale, for int4: 32, 64, 128 (default) or 256")
     how.add_argument("--damp", type=float, default=0.01, help="added to diag(H), relative to its mean (default: %(default)s)")
@@ -105,8 +112,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.sequences is None:
         args.sequences = 64 if args.calibration == "builtin" else 128
-    args.token_weights = args.token_weights or ("sampled" if args.method == "gptq" else "none")
-    args.scales = args.scales or ("joint" if args.method == "gptq" and args.token_weights != "none" else "local")
+    rtn = {"scales": "local", "token_weights": "none", "drift": 0.0, "row_feedback": False}
+    for name, value in (EFFORTS[args.effort] if args.method == "gptq" else rtn).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.row_feedback and args.token_weights == "none":
+        parser.error("--row-feedback needs the backward pass of --token-weights text or sampled")
     args.batch = args.batch or max(1, TOKENS_AT_ONCE.get(args.device.split(":")[0], 4096) // args.length)
     for name in ("sequences", "windows", "length", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < (2 if name == "length" else 1):
@@ -147,7 +158,13 @@ def run(args: argparse.Namespace) -> dict | None:
 def prepare(args: argparse.Namespace) -> tuple[Job, PreTrainedTokenizerBase, Tensor | None, dict]:
     """(what to do, tokenizer, windows to evaluate on, fingerprint); reads no weights of a model in safetensors files."""
     config = QuantConfig(
-        with_block(get_format(args.format), args.block), args.method, args.scales, args.damp, tuple(args.ignore)
+        with_block(get_format(args.format), args.block),
+        args.method,
+        args.scales,
+        args.damp,
+        tuple(args.ignore),
+        drift=args.drift,
+        row_feedback=args.row_feedback,
     )
     texts = {source: read_documents(source) for source in (args.calibration, args.evaluate) if source}
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
