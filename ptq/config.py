@@ -8,16 +8,29 @@ from ptq.methods import METHODS
 from ptq.scales import RULES
 
 
+# What GPTQ does unless told otherwise: each lowers KL and takes longer (docs/accuracy.md has the numbers).
+EFFORTS: dict[str, dict] = {
+    "fast": {"scales": "local", "token_weights": "none", "drift": 0.0, "row_feedback": False},
+    "default": {"scales": "joint", "token_weights": "sampled", "drift": 0.0, "row_feedback": False},
+    "best": {"scales": "joint", "token_weights": "sampled", "drift": 1.0, "row_feedback": True},
+}
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """`rule`: how block scales are chosen.  `damp`: relative to mean(diag H).  `ignore`: linears left alone, by full name or by
-    `re:PATTERN` matched from the start of the name.  Raises ValueError for settings that do not fit."""
+    `re:PATTERN` matched from the start of the name.  `drift`: how much of what earlier layers lost each linear makes good
+    (ptq.drift), 0 to 1, against a ridge of `ridge` · mean(diag H).  `row_feedback`: rounding
+    errors are fed forward over rows too, for which gptq needs the curvature of the loss (ptq.token_weights).  Raises ValueError for settings that do not fit."""
 
     format: Format = NVFP4
     method: str = "gptq"
     rule: str = "local"
     damp: float = 0.01
     ignore: tuple[str, ...] = field(default=())
+    drift: float = 0.0
+    ridge: float = 0.1
+    row_feedback: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -33,7 +46,13 @@ class QuantConfig:
                 raise ValueError(f"ignore pattern {pattern!r} is no regular expression: {error}") from None
         if not self.damp > 0:
             raise ValueError(f"damp must be positive, not {self.damp}")
+        if not 0 <= self.drift <= 1:
+            raise ValueError(f"drift is the share of the loss that is made good, 0 to 1, not {self.drift}")
+        if self.row_feedback and self.method != "gptq":
+            raise ValueError(f"row feedback is part of method gptq; {self.method} feeds no error forward")
+        if not self.ridge > 0:
+            raise ValueError(f"ridge must be positive, not {self.ridge}")
 
     @property
     def needs_calibration(self) -> bool:
-        return self.method == "gptq" or self.rule == "local"
+        return self.method == "gptq" or self.rule == "local" or self.drift > 0

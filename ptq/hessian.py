@@ -28,6 +28,14 @@ def add_full(H: Tensor, X: Tensor) -> None:
     H.addmm_(X.T, X)
 
 
+def add_product(C: Tensor, A: Tensor, B: Tensor) -> None:
+    """C (a, b) += Aᵀ B, in place.  A (tokens, a) and B (tokens, b) of one float dtype; 16-bit ones as in `add_full`."""
+    if A.is_cuda and A.dtype in SIXTEEN_BITS:
+        torch.addmm(C, A.T, B, out_dtype=torch.float32, out=C)
+        return
+    C.addmm_(A.to(C.dtype).T, B.to(C.dtype))
+
+
 def add_blocks(H: Tensor, X: Tensor) -> None:
     """H (d_in/block, block, block) += the diagonal blocks of Xᵀ X, in place, by one batched matmul.  X (tokens, d_in)."""
     if X.is_cuda and H.dtype == torch.float32:
@@ -73,6 +81,10 @@ class Hessian:
 
     def mean(self) -> Tensor:
         """H.  Raises ValueError where no token came, where none counts, or where an activation was not finite."""
+        self._check()
+        return self.sum / self.weight.float()
+
+    def _check(self) -> None:
         if not self.tokens:
             raise ValueError("no calibration tokens arrived")
         if not self.weight > 0:
@@ -81,7 +93,18 @@ class Hessian:
         if not diagonal.isfinite().all():
             columns = (~diagonal.flatten().isfinite()).nonzero().flatten().tolist()
             raise ValueError(f"non-finite activations in {len(columns)} input columns, the first {columns[0]}")
-        return self.sum / self.weight.float()
+
+    def take_mean(self) -> Tensor:
+        """H in the memory of the sum, which is gone then; raises as `mean`."""
+        self._check()
+        return self.sum.div_(self.weight.float())
+
+    def merge(self, other: "Hessian") -> "Hessian":
+        """Takes the other's tokens in, and returns itself."""
+        self.sum += other.sum
+        self.weight += other.weight
+        self.tokens += other.tokens
+        return self
 
 
 def damped(H: Tensor, damp: float) -> Tensor:

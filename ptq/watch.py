@@ -19,3 +19,23 @@ def watch_linears(linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _ReachedError(Exception):
+    """The linear that was waited for has run."""
+
+
+def run_until(linear: nn.Module, run: Callable[[], object]) -> tuple[Tensor, Tensor]:
+    """Input x and output y of the linear in run(), which is left as soon as the linear has run."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def see(_linear: nn.Module, x: Tensor, y: Tensor) -> None:
+        seen.append((x, y))
+        raise _ReachedError
+
+    with watch_linears([linear], see):
+        try:
+            run()
+        except _ReachedError:
+            pass
+    return seen[0]

@@ -26,13 +26,15 @@ from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import load_model
 from ptq.plan import with_block
 from ptq.runner import quantize_model
+from ptq.stage import Record
 from ptq.token_weights import TokenWeights, token_weights
 
+HELD_OUT = 4
 FIELDS = (
-    "model format method scales token_weights damp sequences length calibration seed "
+    "model format method scales token_weights drift row_feedback damp sequences length calibration seed "
     "test_text windows ppl kl seconds gpu commit"
 )
-# method, scale rule, token weights; the last is the default of quantize_llama.py
+# method, scale rule, token weights; whether drift is made good, and errors are fed forward over rows
 CASES = (
     ("rtn", "absmax", "none"),
     ("rtn", "mse", "none"),
@@ -42,11 +44,15 @@ CASES = (
     ("gptq", "local", "none"),
     ("gptq", "schur", "none"),
     ("gptq", "joint", "none"),
-    ("gptq", "mse", "sampled"),
     ("gptq", "local", "sampled"),
     ("gptq", "schur", "sampled"),
-    ("gptq", "joint", "text"),
     ("gptq", "joint", "sampled"),
+    ("rtn", "local", "none", "drift"),
+    ("gptq", "local", "none", "drift"),
+    ("gptq", "joint", "none", "drift"),
+    ("gptq", "joint", "sampled", "drift"),
+    ("gptq", "joint", "sampled", "rows"),
+    ("gptq", "joint", "sampled", "drift", "rows"),
 )
 
 
@@ -56,12 +62,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["nvfp4"])
     parser.add_argument("--block", type=int, help="for int4")
     parser.add_argument("--damp", type=float, nargs="+", default=[0.01])
-    parser.add_argument("--cases", nargs="+", metavar="METHOD-SCALES-WEIGHTS", default=["-".join(case) for case in CASES])
+    parser.add_argument("--cases", nargs="+", metavar="METHOD-SCALES-WEIGHTS[-drift][-rows]", default=["-".join(case) for case in CASES])
     parser.add_argument("--calibration", nargs="+", required=True)
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--evaluate", required=True)
+    parser.add_argument("--ridge", type=float, default=0.1, help="for drift")
+    parser.add_argument("--evaluate", nargs="+", required=True)
     parser.add_argument("--windows", type=int, default=120)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, default=Path("benchmarks/accuracy.csv"))
@@ -70,16 +77,21 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def weights_of(
-    model: transformers.PreTrainedModel, batches: tuple[Tensor, ...], seed: int, wanted: set[str]
-) -> dict[str, TokenWeights | None]:
-    """Token weights by name, of those wanted: each but `none` is a backward pass."""
-    seeds = {"text": None, "sampled": seed}
-    adapter = LlamaAdapter(model)
-    return {name: None if name == "none" else token_weights(adapter, batches, seed=seeds[name]) for name in wanted}
+    model: transformers.PreTrainedModel, batches: tuple[Tensor, ...], seed: int, cases: list[list[str]]
+) -> tuple[dict[str, TokenWeights | None], dict[str, Tensor]]:
+    """Token weights by name, of those the cases want, each but `none` a backward pass; and the curvature if one wants it."""
+    adapter, curvature = LlamaAdapter(model), {}
+    weights: dict[str, TokenWeights | None] = {"none": None}
+    for name in {case[2] for case in cases} - {"none"}:
+        rows = any("rows" in case and case[2] == name for case in cases)
+        weights[name] = token_weights(
+            adapter, batches, seed=seed if name == "sampled" else None, curvature=curvature if rows else None
+        )
+    return weights, curvature
 
 
-def measure(args: argparse.Namespace) -> Iterator[tuple[dict, Score]]:
-    """(the row's settings, score) of each run, the unquantized model first."""
+def measure(args: argparse.Namespace) -> Iterator[tuple[dict, dict[str, Score], list[Record]]]:
+    """(the row's settings, score by text, records) of each run, the unquantized model first."""
     model, tokenizer = load_model(args.model, dtype=torch.float32, device=args.device)
     model.requires_grad_(False)
 
@@ -87,35 +99,56 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[dict, Score]]:
         documents = [text for source in sources for text in read_documents(source)]
         return all_windows(lambda text: tokenizer(text, verbose=False)["input_ids"], documents, args.length, sources[0])
 
-    calibration, test = windows(args.calibration), windows([args.evaluate])[: args.windows].to(args.device)
-    yield {"method": "original"}, evaluate({"original": model}, test)["original"]
+    calibration = windows(args.calibration)
+    tests = {Path(source).name: windows([source])[: args.windows].to(args.device) for source in args.evaluate}
+    yield {"method": "original"}, scores(model, model, tests), []
+    cases = [case.split("-") for case in args.cases]
     for seed in args.seeds:
-        batches = sample_windows(calibration, args.sequences, seed, args.calibration[0]).to(args.device).split(16)
-        weights = weights_of(model, batches, seed, {case.split("-")[2] for case in args.cases})
+        drawn = sample_windows(calibration, args.sequences + HELD_OUT, seed, args.calibration[0])
+        batches, held_out = drawn[: args.sequences].to(args.device).split(16), drawn[args.sequences :]
+        weights, curvature = weights_of(model, batches, seed, cases)
         for format in args.formats:
-            for case in args.cases:
-                method, rule, weighing = case.split("-")
+            for method, rule, weighing, *more in cases:
                 for damp in args.damp if method == "gptq" else args.damp[:1]:
-                    config = QuantConfig(with_block(get_format(format), args.block), method, rule, damp)
-                    settings = {"format": format, "method": method, "scales": rule, "token_weights": weighing, "damp": damp}
-                    score, seconds = run(model, config, batches, weights[weighing], test)
-                    yield settings | {"seed": seed, "seconds": seconds}, score
+                    config = QuantConfig(
+                        with_block(get_format(format), args.block if format == "int4" else None),
+                        method,
+                        rule,
+                        damp,
+                        drift=float("drift" in more),
+                        ridge=args.ridge,
+                        row_feedback="rows" in more,
+                    )
+                    begin = time.perf_counter()
+                    quantized = copy.deepcopy(model)
+                    results = quantize_model(
+                        LlamaAdapter(quantized), batches, config, weights[weighing], curvature, held_out.to(args.device)
+                    )
+                    records = [record for record, _ in results]
+                    settings = {"format": format, "method": method, "scales": rule, "token_weights": weighing}
+                    settings |= {"drift": config.drift, "row_feedback": config.row_feedback, "damp": damp, "seed": seed}
+                    seconds = round(time.perf_counter() - begin, 2)
+                    yield settings | {"seconds": seconds}, scores(model, quantized, tests), records
 
 
-def run(
-    model: transformers.PreTrainedModel,
-    config: QuantConfig,
-    batches: tuple[Tensor, ...],
-    weights: TokenWeights | None,
-    test: Tensor,
-) -> tuple[Score, float]:
-    """The score of a quantized copy, and the seconds it took to quantize."""
-    begin = time.perf_counter()
-    quantized = copy.deepcopy(model)
-    for _ in quantize_model(LlamaAdapter(quantized), batches, config, weights):
-        pass
-    seconds = round(time.perf_counter() - begin, 2)
-    return evaluate({"original": model, "quantized": quantized}, test)["quantized"], seconds
+def scores(model: torch.nn.Module, other: torch.nn.Module, tests: dict[str, Tensor]) -> dict[str, Score]:
+    return {text: evaluate({"original": model, "other": other}, windows)["other"] for text, windows in tests.items()}
+
+
+def write_linears(path: Path, settings: dict, records: list[Record]) -> None:
+    """Appends what is known of every linear."""
+    names = "model format method scales token_weights drift row_feedback seed".split()
+    numbers = "name error rtn_error held_out_error certificate moved_scales".split()
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if fresh:
+            writer.writerow(names + numbers)
+        for record in records:
+            found = [getattr(record, number) for number in numbers]
+            writer.writerow(
+                [settings.get(name, "") for name in names] + [f"{x:.5g}" if isinstance(x, float) else x for x in found]
+            )
 
 
 def main() -> int:
@@ -126,8 +159,6 @@ def main() -> int:
         "sequences": args.sequences,
         "length": args.length,
         "calibration": "+".join(Path(source).name for source in args.calibration),
-        "test_text": Path(args.evaluate).name,
-        "windows": args.windows,
         "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
         "commit": args.commit,
     }
@@ -136,11 +167,14 @@ def main() -> int:
         writer = csv.DictWriter(file, FIELDS.split(), restval="")
         if fresh:
             writer.writeheader()
-        for settings, score in measure(args):
-            row: dict = common | settings | {"ppl": round(score.ppl, 4), "kl": round(score.kl, 6)}
-            writer.writerow(row)
+        for settings, found, records in measure(args):
+            write_linears(args.csv.with_name("linears.csv"), common | settings, records)
+            for text, score in found.items():
+                windows = score.tokens // (score.window - 1)
+                row: dict = common | settings | {"test_text": text, "windows": windows}
+                writer.writerow(row | {"ppl": round(score.ppl, 4), "kl": round(score.kl, 6)})
+                print(f"{' '.join(map(str, settings.values())):60} {text:18} ppl {score.ppl:8.3f}  KL {score.kl:.5f}", flush=True)
             file.flush()
-            print(f"{' '.join(map(str, settings.values())):60} ppl {score.ppl:8.3f}  KL {score.kl:.5f}", flush=True)
     return 0
 
 

@@ -24,6 +24,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ptq.clock import phase
 from ptq.formats import E2M1, Format
 from ptq.hessian import damped, inverse_factor
 from ptq.kernels import panel as kernels
@@ -52,18 +53,20 @@ def gptq(
     """W (d_out, d_in) in 4 bits, each column's rounding error pushed onto the columns not yet rounded.
 
     H (d_in, d_in): mean of x xᵀ.  `damp` is relative to mean(diag H).  `panel`: columns between two large matmuls, a multiple of
-    the block; it changes the speed and, up to rounding, nothing else.  G (d_out, d_out): mean of g gᵀ over tokens, g the gradient of
-    the loss at the outputs; rows are then visited by descending G_ii, `row_panel` at a time.  Computes in float64 if W is, else
-    in float32.  Raises NotPositiveDefiniteError where H + damp or G + damp has no Cholesky factor.
+    the block; it changes the speed and, up to rounding, nothing else.  G (d_out, d_out): mean of g gᵀ over tokens, g being the
+    gradient of the loss at the outputs; rows are then visited by descending G_ii, `row_panel` at a time.  Computes in float64 if
+    W is, else in float32.  Raises NotPositiveDefiniteError where H + damp or G + damp has no Cholesky factor.
     """
     if H is None or H.dim() != 2:
         raise ValueError("method gptq needs the full Hessian H (d_in, d_in)")
     W = W if W.dtype == torch.float64 else W.float()
     order = visit_order(H, format.block) if block_order else torch.arange(H.shape[0], device=W.device)
     x, A = (W / tensor_scale)[:, order], damped(H, damp).to(W.dtype)[order][:, order]
+    with phase("factorization"):
+        U = inverse_factor(A)
     run = kernels.sweep if x.is_cuda and format.elements is E2M1 and x.dtype == torch.float32 else sweep
     columns = max(format.block, panel // format.block * format.block)
-    sweep_rows = partial(run, A=A, U=inverse_factor(A), format=format, rule=rule, panel=columns)
+    sweep_rows = partial(run, A=A, U=U, format=format, rule=rule, panel=columns)
     q, scales, row_loss = sweep_rows(x) if G is None else sweep_row_panels(x, G, sweep_rows, row_panel)
 
     undo = order.argsort()

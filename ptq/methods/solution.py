@@ -1,7 +1,9 @@
 """What a method returns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ptq.packing import Quantized
@@ -18,3 +20,12 @@ class Solution:
     quantized: Quantized
     accumulated: Tensor | None = None
     measured: Tensor | None = None
+
+
+def join(parts: Sequence[Solution]) -> Solution:
+    """One solution of the rows of all, in order; they share tensor_scale and format."""
+    first = parts[0].quantized
+    codes, scales = (torch.cat([getattr(part.quantized, name) for part in parts]) for name in ("codes", "scales"))
+    sides = [[part.accumulated for part in parts], [part.measured for part in parts]]
+    known = [torch.cat([one for one in side if one is not None]) if None not in side else None for side in sides]
+    return Solution(Quantized(codes, scales, first.tensor_scale, first.format), *known)
