@@ -11,7 +11,7 @@ from ptq.clock import phase
 from ptq.distributed import Team, assign
 from ptq.drift import Drift
 from ptq.hessian import Hessian
-from ptq.watch import run_until, watch_linears
+from ptq.watch import watch_inputs, watch_linears
 
 Stage = dict[str, nn.Linear]
 
@@ -51,7 +51,7 @@ def collect(
 
     `sequences`: of all ranks.  With `original`, of one stage, with what it is to make good.
     """
-    if hidden is None:
+    if hidden is None or not stages:
         return [None] * len(stages)
     partial: list[tuple[int, list[Sums]]] = []  # a tree of sums: two of the same height become one of the next
     for groups in [[group] for group in hidden.groups] if team.deterministic else [hidden.groups]:
@@ -89,11 +89,11 @@ def collect_hessians(
         hessians.update({linear: Hessian(linear.in_features, device=linear.weight.device) for _, linear in firsts})
 
     def work(rows: slice) -> None:
-        def see(linear: nn.Module, x: Tensor, _y: Tensor) -> None:
+        def see(linear: nn.Module, x: Tensor) -> None:
             with phase("hessian"):
                 hessians[linear].add(x, token_weights[names[linear]][rows] if token_weights else None)
 
-        with watch_linears(names, see):
+        with watch_inputs(names, see, last=firsts[-1][1]):
             adapter.forward(layer, hidden.load(rows))
 
     restart()
@@ -139,19 +139,22 @@ def look(adapter: Adapter, layer: nn.Module, local: str, hidden: Tensor) -> tupl
     """The input of a linear of the layer, and the stream it adds its output to, if it does."""
     linear = layer.get_submodule(local)
     first, last = adapter.writers
+    seen: list[Tensor] = []
     if local != last:
-        x, _ = run_until(linear, lambda: adapter.forward(layer, hidden))
-        return x, hidden if local == first else None
-    seen: list[tuple[Tensor, Tensor]] = []
-    with watch_linears([linear], lambda _, x, y: seen.append((x, y))):
+        with watch_inputs([linear], lambda _, x: seen.append(x), last=linear):
+            adapter.forward(layer, hidden)
+        return seen[0], hidden if local == first else None
+    with watch_linears([linear], lambda _, x, y: seen.extend((x, y))):
         output = adapter.forward(layer, hidden)
-    ((x, y),) = seen
+    x, y = seen
     return x, output - y
+
+
+def first_of(stage: Stage) -> nn.Linear:
+    return next(iter(stage.values()))
 
 
 def owners_of(stages: list[Stage], team: Team) -> list[int]:
     """The rank that solves each stage.  A factorization costs about as much as a sweep over as many rows as there are columns."""
-    shapes = [
-        (sum(linear.out_features for linear in stage.values()), next(iter(stage.values())).in_features) for stage in stages
-    ]
+    shapes = [(sum(linear.out_features for linear in stage.values()), first_of(stage).in_features) for stage in stages]
     return assign([(d_out + d_in) * d_in * d_in for d_out, d_in in shapes], team.size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ptq.activations import Activations, each_batch, embed_all
 from ptq.adapter import Adapter
 from ptq.clock import phase
-from ptq.collect import Original, Stage, Sums, collect, owners_of
+from ptq.collect import Original, Stage, Sums, collect, first_of, owners_of
 from ptq.config import QuantConfig
 from ptq.distributed import Team
 from ptq.held_out import HeldOut
@@ -163,6 +163,12 @@ def quantize_stages(
                 solved[i] = solve_stage(stage, own, config, curvature)
             except ValueError as error:
                 raise type(error)(f"{', '.join(stage)}: {error}") from None
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+                raise torch.OutOfMemoryError(
+                    f"out of memory in phase 'solve' of {', '.join(stage)}, for matrices of {first_of(stage).in_features}²; set "
+                    f"--activations host, or leave this stage to more memory with --ignore ({reason})"
+                ) from error
     with phase("communicate"):
         shared = [
             share_solved(stage, one, owner, config, team) for stage, one, owner in zip(stages, solved, owners, strict=True)

@@ -1,9 +1,13 @@
 """The only hooks in this library."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch import Tensor, nn
+
+
+class SeenEnough(Exception):
+    """Ends a forward pass whose rest nobody needs."""
 
 
 @contextmanager
@@ -21,21 +25,20 @@ def watch_linears(linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor
             handle.remove()
 
 
-class _ReachedError(Exception):
-    """The linear that was waited for has run."""
+@contextmanager
+def watch_inputs(linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor], None], last: nn.Module) -> Iterator[None]:
+    """Calls see(linear, x) with the input x of each linear before it runs.  The forward pass ends, and the block is left, when
+    `last` has been seen: its own product is not computed."""
 
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        see(module, args[0])
+        if module is last:
+            raise SeenEnough
 
-def run_until(linear: nn.Module, run: Callable[[], object]) -> tuple[Tensor, Tensor]:
-    """Input x and output y of the linear in run(), which is left as soon as the linear has run."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def see(_linear: nn.Module, x: Tensor, y: Tensor) -> None:
-        seen.append((x, y))
-        raise _ReachedError
-
-    with watch_linears([linear], see):
-        try:
-            run()
-        except _ReachedError:
-            pass
-    return seen[0]
+    handles = [linear.register_forward_pre_hook(hook) for linear in linears]
+    try:
+        with suppress(SeenEnough):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
