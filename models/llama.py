@@ -1,6 +1,6 @@
 """Llama-family decoders: which linears share an input, and how one layer is run by itself."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,24 +36,38 @@ class LlamaAdapter:
     def __init__(self, model: PreTrainedModel):
         check_family(model.config, type(model).__name__)
         self.stages = FAMILIES[model.config.model_type]
-        self._config = model.config
+        self.model, self.config = model, model.config
+        self.names = tuple(f"model.layers.{index}" for index in range(model.config.num_hidden_layers))
         self._body: Any = model.get_decoder()
         self._head: Any = model.get_output_embeddings()
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        window = getattr(self._config, "sliding_window", None)
+    def check_length(self, tokens: Tensor) -> None:
+        window = getattr(self.config, "sliding_window", None)
         if window is not None and tokens.shape[1] > window:
             raise ValueError(f"sequences of {tokens.shape[1]} tokens exceed the model's sliding window; use at most {window}")
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        self.check_length(tokens)
         return self._body.embed_tokens(tokens)
 
-    def layers(self) -> Iterator[tuple[str, nn.Module]]:
-        for index, layer in enumerate(self._body.layers):
-            yield f"model.layers.{index}", layer
+    def skeleton(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from zip(self.names, self._body.layers, strict=True)
+
+    def layers(self, order: Sequence[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+        for index in range(len(self.names)) if order is None else order:
+            yield self.names[index], self._body.layers[index]
+
+    def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self._body.rotary_emb(hidden, position_ids=positions)
 
     def forward(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        rotary = self._body.rotary_emb(hidden, position_ids=positions)
-        return layer(hidden, position_embeddings=rotary, position_ids=positions)
+        return layer(hidden, position_embeddings=self.rotary(hidden, positions), position_ids=positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head(self._body.norm(hidden))
+
+    def ends(self) -> dict[str, Tensor]:
+        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        tensors = self.model.state_dict()
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.") and name not in tied}

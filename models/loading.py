@@ -8,10 +8,19 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from ptq.models.llama import check_family
+from ptq.models.llama import LlamaAdapter, check_family
+from ptq.models.shards import Shards, read_header, shard_paths
+from ptq.models.streaming import StreamingAdapter
 
 
 def load_model(
@@ -23,17 +32,8 @@ def load_model(
     model that is quantized already.
     """
     where, extra = locate(source)
-    try:
-        config = AutoConfig.from_pretrained(where, **extra)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
-    check_family(config, source)
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{source} is quantized already ({config.quantization_config.get('quant_method')}); give the original")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **extra)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} has no tokenizer that loads: {str(error).splitlines()[0]}") from None
+    load_config(source, where, extra)
+    tokenizer = load_tokenizer(source, where, extra)
     weights = weight_arguments(extra)
     dtype = dtype or (torch.float32 if "gguf_file" in extra else "auto")  # type: ignore[assignment]
     try:
@@ -41,6 +41,63 @@ def load_model(
     except OSError as error:
         raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def open_model(
+    source: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> tuple[LlamaAdapter, PreTrainedTokenizerBase, dict[str, Any]]:
+    """(adapter, tokenizer, what identifies the model's files).  Layers are read when they are asked for, if the model is in
+    safetensors files; one of another kind (GGUF, .bin) is loaded whole.  dtype and errors as for `load_model`."""
+    where, extra = locate(source)
+    if not extra and not Path(where).is_dir():
+        where = fetch(source)
+    folder = Path(where)
+    if extra or not shard_paths(folder):
+        model, tokenizer = load_model(source, dtype=dtype, device=device)
+        files = [folder / extra["gguf_file"]] if extra else sorted(folder.glob("*.bin"))
+        return LlamaAdapter(model.requires_grad_(False)), tokenizer, {file.name: [file.stat().st_size, ""] for file in files}
+    config = load_config(source, where, extra)
+    tokenizer = load_tokenizer(source, where, extra)
+    shards = Shards(folder)
+    stored = getattr(config, "dtype", None) or shards.dtype
+    pin = torch.device(device).type == "cuda"
+    adapter = StreamingAdapter(config, lambda names: shards.read(names, pin=pin), dtype=dtype or stored, device=device)
+    check_names(adapter, shards)
+    return adapter, tokenizer, {name: list(about) for name, about in shards.files.items()}
+
+
+def check_names(adapter: StreamingAdapter, shards: Shards) -> None:
+    """Raises ValueError that names a tensor the model needs and the files lack."""
+    tied = {"lm_head.weight"} if adapter.config.tie_word_embeddings else set()
+    missing = [name for name in adapter.model.state_dict() if name not in shards.tensors and name not in tied]
+    if missing:
+        raise ValueError(f"{shards.folder} cannot be loaded: it lacks {missing[0]} ({len(missing)} tensors in all)")
+
+
+def load_config(source: str, where: str, extra: dict[str, str]) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(where, **extra)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
+    check_family(config, source)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{source} is quantized already ({config.quantization_config.get('quant_method')}); give the original")
+    return config
+
+
+def load_tokenizer(source: str, where: str, extra: dict[str, str]) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(where, **extra)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} has no tokenizer that loads: {str(error).splitlines()[0]}") from None
+
+
+def fetch(source: str) -> str:
+    """The folder of a hub id's files, downloaded where they are not there yet."""
+    try:
+        return snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def weight_arguments(extra: dict[str, str]) -> dict[str, Any]:
@@ -68,13 +125,9 @@ def locate(source: str) -> tuple[str, dict[str, str]]:
 
 
 def check_files(folder: Path) -> None:
-    """Raises ValueError that names a .safetensors file whose header and length do not fit."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+    """Raises ValueError that names a .safetensors file that is missing, or whose header and length do not fit."""
+    for path in shard_paths(folder):
+        read_header(path)
 
 
 def quiet() -> AbstractContextManager:

@@ -1,6 +1,6 @@
 """What the runner needs to know of a model; models/ implements it, one file per family of architectures."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -12,12 +12,22 @@ class Adapter(Protocol):
     stages: tuple[tuple[str, ...], ...]
     """Names inside a layer of the linears that read the same input, in the order they run."""
 
+    names: tuple[str, ...]
+    """Full names of the layers, first to last."""
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (n, length) -> the first layer's input (n, length, d)."""
         ...
 
-    def layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """(full name, module) of each layer, first to last."""
+    def skeleton(self) -> Iterator[tuple[str, nn.Module]]:
+        """(full name, module) of each layer; its tensors may be on the meta device."""
+        ...
+
+    def layers(self, order: Sequence[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+        """(full name, module) of the layers numbered by `order`, all of them first to last without.
+
+        Raises ValueError that names a weight that is not finite.
+        """
         ...
 
     def forward(self, layer: nn.Module, hidden: Tensor) -> Tensor:
@@ -26,4 +36,8 @@ class Adapter(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The last layer's output (n, length, d) -> logits (n, length, vocabulary)."""
+        ...
+
+    def ends(self) -> dict[str, Tensor]:
+        """The tensors outside of the layers, by the names they have in a checkpoint."""
         ...

@@ -59,6 +59,10 @@ class Hessian:
 
     def mean(self) -> Tensor:
         """H.  Raises ValueError where no token came, where none counts, or where an activation was not finite."""
+        self._check()
+        return self.sum / self.weight.float()
+
+    def _check(self) -> None:
         if not self.tokens:
             raise ValueError("no calibration tokens arrived")
         if not self.weight > 0:
@@ -67,7 +71,18 @@ class Hessian:
         if not diagonal.isfinite().all():
             columns = (~diagonal.flatten().isfinite()).nonzero().flatten().tolist()
             raise ValueError(f"non-finite activations in {len(columns)} input columns, the first {columns[0]}")
-        return self.sum / self.weight.float()
+
+    def take_mean(self) -> Tensor:
+        """H in the memory of the sum, which is gone then; raises as `mean`."""
+        self._check()
+        return self.sum.div_(self.weight.float())
+
+    def merge(self, other: "Hessian") -> "Hessian":
+        """Takes the other's tokens in, and returns itself."""
+        self.sum += other.sum
+        self.weight += other.weight
+        self.tokens += other.tokens
+        return self
 
 
 def damped(H: Tensor, damp: float) -> Tensor:

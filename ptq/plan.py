@@ -40,7 +40,7 @@ def make_plan(adapter: Adapter, config: QuantConfig) -> Plan:
     non-finite weight, a module that is no nn.Linear, an ignore pattern that matches nothing or splits a stage."""
     linears: dict[str, tuple[int, int]] = {}
     ignored: list[str] = []
-    for prefix, layer in adapter.layers():
+    for prefix, layer in adapter.skeleton():
         for stage in adapter.stages:
             names = [f"{prefix}.{name}" for name in stage]
             left_alone = [name for name in names if matches(name, config.ignore)]
@@ -66,17 +66,17 @@ def make_plan(adapter: Adapter, config: QuantConfig) -> Plan:
 def check_linear(name: str, module: nn.Module) -> tuple[int, int]:
     if not isinstance(module, nn.Linear):
         raise ValueError(f"{name} is a {type(module).__name__}; only nn.Linear can be quantized")
-    check_finite(name, module.weight)
+    check_finite(f"{name}.weight", module.weight)
     return module.out_features, module.in_features
 
 
 def check_finite(name: str, W: Tensor) -> None:
+    if W.is_meta:
+        return
     bad = ~torch.isfinite(W.detach())
     if bad.any():
-        row, column = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name}.weight holds {int(bad.sum())} non-finite values, the first at [{row}, {column}]; the checkpoint is damaged"
-        )
+        first = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name} holds {int(bad.sum())} non-finite values, the first at {first}; the checkpoint is damaged")
 
 
 def check_blocks(linears: dict[str, tuple[int, int]], format: Format) -> None:

@@ -4,85 +4,97 @@ For each layer: run it once and collect H per stage; quantize its linears; run i
 layer's Hessians are alive at a time, and layers are asked of the adapter one by one.
 """
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ptq.activations import Activations, each_batch, embed_all
 from ptq.adapter import Adapter
+from ptq.clock import phase
 from ptq.config import QuantConfig
-from ptq.formats import choose_tensor_scale
+from ptq.distributed import Team, assign
 from ptq.hessian import Hessian
-from ptq.methods import METHODS
-from ptq.methods.rtn import rtn
-from ptq.methods.solution import Solution
 from ptq.packing import Quantized
-from ptq.plan import make_plan
+from ptq.plan import Plan, make_plan
+from ptq.stage import Numbers, Record, Solved, Stage, make_record, share_solved, solve_stage
 from ptq.token_weights import TokenWeights
 from ptq.watch import watch_linears
 
-# Rounding alone leaves the two sides of the identity within about 2 √d_in · eps · ‖W‖/‖Δ‖ of each other, 2e-4 for d_in = 14336
-# and an error of 5 %; the bugs it is there to catch (stale or missing feedback) change one side by tens of percent.
-CERTIFICATE_TOLERANCE = 1e-2
-
-
-class CertificateError(RuntimeError):
-    """GPTQ's loss identity does not hold: the error feedback went wrong."""
-
-
 @dataclass(frozen=True)
-class Record:
-    """What happened to one linear.
+class LayerResult:
+    """A finished layer.  `layer` holds the quantized weights.  `batch`: sequences that ran at once; replaying needs the same."""
 
-    `error`: ‖(W - Q) X‖ / ‖W X‖ on the calibration tokens, weighted as H is; `rtn_error` the same for RTN with absmax scales;
-    None without calibration.  `certificate`: relative difference of the two sides of the loss identity (gptq only).
-    `dead_inputs`: columns no token reached.  `seconds`: this linear's share, by rows, of its stage.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    method: str
-    rule: str
-    error: float | None
-    rtn_error: float | None
-    certificate: float | None
-    damp: float
-    dead_inputs: int | None
-    tokens: int
-    seconds: float
+    index: int
+    layer: nn.Module
+    records: list[Record]
+    quantized: dict[str, Quantized]
+    batch: int
 
 
-@torch.no_grad()
 def quantize_model(
     adapter: Adapter, batches: Sequence[Tensor] | None, config: QuantConfig, token_weights: TokenWeights | None = None
 ) -> Iterator[tuple[Record, Quantized]]:
-    """Quantizes the model in place and yields (record, weight) for each linear as it is done.
+    """Quantizes the model in place and yields (record, weight) for each linear as its layer is done.
 
     `batches`: token ids (n, length) each, on the model's device; None for methods that need no calibration.  `token_weights`: for
     the same batches, what each token counts for in H (ptq.token_weights); every token counts the same without.
     Raises ValueError, before any work, for whatever `make_plan` finds, and later for non-finite activations or an H that damping
     does not cure, naming layer and stage; CertificateError where the loss identity fails.
     """
+    plan = make_plan(adapter, config)
+    for done in quantize_layers(adapter, batches, config, plan, token_weights):
+        yield from ((record, done.quantized[record.name]) for record in done.records)
+
+
+@torch.no_grad()
+def quantize_layers(
+    adapter: Adapter,
+    batches: Sequence[Tensor] | None,
+    config: QuantConfig,
+    plan: Plan,
+    token_weights: TokenWeights | None = None,
+    *,
+    team: Team | None = None,
+    finished: int = 0,
+    restore: Callable[[int, nn.Module], int] | None = None,
+    on_host: bool | None = None,
+) -> Iterator[LayerResult]:
+    """Quantizes layer by layer, each as the adapter gives it; what `quantize_model` says holds here.
+
+    `batches` and `token_weights` are those of this rank of the `team`.  The first `finished` layers are not quantized but made
+    what they were by restore(index, layer), which returns the batch they ran with.
+    """
+    team = team or Team()
     if not batches and config.needs_calibration:
         raise ValueError(f"method {config.method} with scale rule {config.rule} needs calibration tokens")
-    plan = make_plan(adapter, config)
-    hidden = [adapter.embed(tokens) for tokens in batches or ()]
-    for prefix, layer in adapter.layers():
-        stages = [
-            {f"{prefix}.{name}": linear_of(layer, name) for name in stage if f"{prefix}.{name}" in plan.linears}
-            for stage in adapter.stages
-        ]
-        stages = [stage for stage in stages if stage]
-        hessians = collect_hessians(adapter, layer, stages, hidden, token_weights)
-        for stage in stages:
-            try:
-                yield from quantize_stage(stage, hessians.pop(0) if hessians else None, config)
-            except ValueError as error:
-                raise type(error)(f"{', '.join(stage)}: {error}") from None
-        for i, x in enumerate(hidden):
-            hidden[i] = adapter.forward(layer, x)
+    hidden = embed_all(adapter, batches, on_host) if batches else None
+    weights = {name: torch.cat(parts) for name, parts in (token_weights or {}).items()}
+    for index, (prefix, layer) in enumerate(adapter.layers(range(0 if hidden else finished, len(adapter.names)))):
+        index += 0 if hidden else finished
+        if index < finished:
+            assert hidden and restore
+            hidden.batch = restore(index, layer)
+        else:
+            stages = stages_of(adapter, prefix, layer, plan)
+            batch = hidden.batch if hidden else 0
+            with phase("forward"):
+                hessians = collect_hessians(adapter, layer, stages, hidden, weights, team)
+            records, quantized = quantize_stages(stages, hessians, config, team)
+            yield LayerResult(index, layer, records, quantized, hidden.batch if hidden else batch)
+        if hidden:
+            with phase("forward"):
+                propagate(adapter, layer, hidden)
+
+
+def stages_of(adapter: Adapter, prefix: str, layer: nn.Module, plan: Plan) -> list[Stage]:
+    """The linears of the layer that are to be quantized, by full name, stage by stage."""
+    stages = [
+        {f"{prefix}.{name}": linear_of(layer, name) for name in stage if f"{prefix}.{name}" in plan.linears}
+        for stage in adapter.stages
+    ]
+    return [stage for stage in stages if stage]
 
 
 def linear_of(layer: nn.Module, name: str) -> nn.Linear:
@@ -91,91 +103,100 @@ def linear_of(layer: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
+def propagate(adapter: Adapter, layer: nn.Module, hidden: Activations) -> None:
+    """Turns the layer's input into its output."""
+
+    def work(rows: slice) -> None:
+        hidden.store(rows, adapter.forward(layer, hidden.load(rows)))
+
+    each_batch(hidden, "forward", work)
+
+
 def collect_hessians(
     adapter: Adapter,
     layer: nn.Module,
-    stages: list[dict[str, nn.Linear]],
-    hidden: list[Tensor],
-    token_weights: TokenWeights | None,
+    stages: list[Stage],
+    hidden: Activations | None,
+    token_weights: Mapping[str, Tensor],
+    team: Team,
+) -> list[Hessian | None]:
+    """One Hessian per stage from one pass of `hidden` through the layer, summed over the team on the rank that solves it."""
+    if hidden is None:
+        return [None] * len(stages)
+    sequences = round(team.total(len(hidden), hidden.device))
+    partial: list[tuple[int, list[Hessian]]] = []  # a tree of sums: two of the same height become one of the next
+    for group in team.groups(sequences):
+        new = 0, collect_group(adapter, layer, stages, hidden, token_weights, group)
+        while partial and partial[-1][0] == new[0]:
+            height, before = partial.pop()
+            new = height + 1, [a.merge(b) for a, b in zip(before, new[1], strict=True)]
+        partial.append(new)
+    ((_, hessians),) = partial
+    with phase("communicate"):
+        for hessian, owner in zip(hessians, owners_of(stages, team), strict=True):
+            team.sum_to(hessian.sum, owner)
+            team.sum_to(hessian.weight, owner)
+            hessian.tokens = sequences * hidden.data.shape[1]
+    return list(hessians)
+
+
+def collect_group(
+    adapter: Adapter,
+    layer: nn.Module,
+    stages: list[Stage],
+    hidden: Activations,
+    token_weights: Mapping[str, Tensor],
+    group: slice,
 ) -> list[Hessian]:
-    """One Hessian per stage from one pass of `hidden` through the layer."""
-    if not hidden:
-        return []
-    names: dict[nn.Module, str] = {}
+    firsts = [next(iter(stage.items())) for stage in stages]
+    names: dict[nn.Module, str] = {linear: name for name, linear in firsts}
     hessians: dict[nn.Module, Hessian] = {}
-    for stage in stages:
-        name, linear = next(iter(stage.items()))
-        names[linear], hessians[linear] = name, Hessian(linear.in_features, device=linear.weight.device)
-    for i, x in enumerate(hidden):
 
-        def see(linear: nn.Module, x: Tensor, _y: Tensor, i: int = i) -> None:
-            hessians[linear].add(x, token_weights[names[linear]][i] if token_weights else None)
+    def restart() -> None:
+        hessians.update({linear: Hessian(linear.in_features, device=linear.weight.device) for _, linear in firsts})
 
-        with watch_linears(hessians, see):
-            adapter.forward(layer, x)
+    def work(rows: slice) -> None:
+        def see(linear: nn.Module, x: Tensor, _y: Tensor) -> None:
+            with phase("hessian"):
+                hessians[linear].add(x, token_weights[names[linear]][rows] if token_weights else None)
+
+        with watch_linears(names, see):
+            adapter.forward(layer, hidden.load(rows))
+
+    restart()
+    each_batch(hidden, "forward", work, within=group, restart=restart)
     return list(hessians.values())
 
 
-def quantize_stage(
-    stage: dict[str, nn.Linear], hessian: Hessian | None, config: QuantConfig
-) -> Iterator[tuple[Record, Quantized]]:
-    """Quantizes the linears of one stage as one matrix: they share H, U and, as serving engines fuse them, tensor_scale."""
-    begin = time.perf_counter()
-    H = hessian.mean() if hessian else None
-    W = torch.cat([linear.weight.float() for linear in stage.values()])
-    tensor_scale = choose_tensor_scale(W, config.format)
-    solution = METHODS[config.method](W, H, config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp)
-    baseline = rtn(W, None, config.format, rule="absmax", tensor_scale=tensor_scale).quantized.dequantize()
-    Q = solution.quantized.dequantize()
-    energies = None if H is None else [output_energy(part, H) for part in (W, W - Q, W - baseline)]
-    dead = None if H is None else int((H.diagonal() == 0).sum())
-    seconds = time.perf_counter() - begin
-    start = 0
-    for name, linear in stage.items():
-        stop = start + linear.out_features
-        rows = slice(start, stop)
-        error, rtn_error = relative_errors(energies, rows)
-        linear.weight.copy_(Q[rows])
-        record = Record(
-            name=name,
-            shape=(linear.out_features, linear.in_features),
-            method=config.method,
-            rule=config.rule,
-            error=error,
-            rtn_error=rtn_error,
-            certificate=certify(name, solution, rows, energies),
-            damp=config.damp,
-            dead_inputs=dead,
-            tokens=hessian.tokens if hessian else 0,
-            seconds=seconds * linear.out_features / W.shape[0],
-        )
-        yield record, solution.quantized.rows(start, stop)
-        start = stop
+def owners_of(stages: list[Stage], team: Team) -> list[int]:
+    """The rank that solves each stage.  A factorization costs about as much as a sweep over as many rows as there are columns."""
+    shapes = [(sum(linear.out_features for linear in stage.values()), next(iter(stage.values())).in_features) for stage in stages]
+    return assign([(d_out + d_in) * d_in * d_in for d_out, d_in in shapes], team.size)
 
 
-def output_energy(W: Tensor, H: Tensor) -> Tensor:
-    """Mean over tokens of (W x)² for each row of W: (d_out,) float64."""
-    return ((W @ H) * W).sum(1, dtype=torch.float64)
-
-
-def relative_errors(energies: list[Tensor] | None, rows: slice) -> tuple[float | None, float | None]:
-    if energies is None:
-        return None, None
-    whole, ours, baseline = (float(energy[rows].sum()) for energy in energies)
-    return tuple((max(part, 0.0) / whole) ** 0.5 if whole else 0.0 for part in (ours, baseline))  # type: ignore[return-value]
-
-
-def certify(name: str, solution: Solution, rows: slice, energies: list[Tensor] | None) -> float | None:
-    """Relative difference of Σ err² and tr(Δ (H + damp) Δᵀ).  Raises CertificateError where it exceeds the tolerance."""
-    if solution.accumulated is None or solution.measured is None or energies is None:
-        return None
-    accumulated, measured = float(solution.accumulated[rows].sum()), float(solution.measured[rows].sum())
-    # Weights that were on the grid already leave nothing but rounding noise on both sides.
-    noise = 1e-9 * float(energies[0][rows].sum())
-    difference = abs(accumulated - measured) / max(measured, noise, 1e-300)
-    if not difference <= CERTIFICATE_TOLERANCE:
-        raise CertificateError(
-            f"{name}: Σ err² = {accumulated:.6g} but tr(Δ (H + damp) Δᵀ) = {measured:.6g}; the error feedback went wrong, "
-            "please report this"
-        )
-    return difference
+def quantize_stages(
+    stages: list[Stage], hessians: list[Hessian | None], config: QuantConfig, team: Team
+) -> tuple[list[Record], dict[str, Quantized]]:
+    """Solves the stages, each on its rank, and puts the results into the linears of every rank."""
+    owners = owners_of(stages, team)
+    solved: list[Solved | None] = [None] * len(stages)
+    for i, stage in enumerate(stages):
+        hessian, hessians[i] = hessians[i], None
+        if owners[i] == team.rank:
+            try:
+                solved[i] = solve_stage(stage, hessian, config)
+            except ValueError as error:
+                raise type(error)(f"{', '.join(stage)}: {error}") from None
+    with phase("communicate"):
+        shared = [share_solved(stage, one, owner, config, team) for stage, one, owner in zip(stages, solved, owners, strict=True)]
+    records: list[Record] = []
+    quantized: dict[str, Quantized] = {}
+    for stage, (whole, numbers) in zip(stages, shared, strict=True):
+        Q, start = whole.dequantize(), 0
+        for (name, linear), row in zip(stage.items(), numbers.tolist(), strict=True):
+            stop = start + linear.out_features
+            linear.weight.copy_(Q[start:stop])
+            records.append(make_record(name, linear, Numbers(*row), config))
+            quantized[name] = whole.rows(start, stop)
+            start = stop
+    return records, quantized

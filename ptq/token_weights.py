@@ -4,20 +4,25 @@ An error Δ in a stage's weights changes its output at token t by Δ x_t, and th
 makes GPTQ spend its freedom where the model's loss feels it.  (The diagonal-in-tokens form of what GuidedQuant, Kim et al. 2025,
 does per group of output channels.)
 
-One backward pass of the unquantized model, layer by layer: the input of every layer is kept on the CPU on the way up, and on the
-way down each layer is run once more with its input requiring a gradient.  Weights are frozen, so nothing else is stored.
+One backward pass of the unquantized model, a segment of layers at a time.  On the way up the input of each segment is kept; on the
+way down a small batch runs through a segment with its graph, and the gradient comes back through it.  Weights are frozen, so
+the graph holds activations only.  Every layer is run twice but those of the last segment, which are run once.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from ptq.activations import Activations, belongs_on_host, each_batch, embed_all
 from ptq.adapter import Adapter
+from ptq.clock import phase
 from ptq.watch import watch_linears
 
 TokenWeights = dict[str, list[Tensor]]
-Layer = tuple[str, nn.Module]
+SEGMENT = 8
+POSITIONS_AT_ONCE = 1024
 
 
 def token_weights(
@@ -25,65 +30,111 @@ def token_weights(
     batches: Sequence[Tensor],
     *,
     seed: int | None = None,
-    progress: Callable[[list[Layer]], Iterable[Layer]] = list,
+    first: int = 0,
+    segment: int = SEGMENT,
+    on_host: bool | None = None,
+    progress: Callable[[str], object] = lambda layer: None,
 ) -> TokenWeights:
     """For the first linear of each stage, by full name: one tensor (n, length) float32 per batch, not normalised.
 
     The loss is the sum of next-token negative log likelihoods: of the text itself, or with `seed` of labels sampled from the
-    model's own predictions, which makes the weights the Fisher information of its outputs.  `progress` may wrap the layers of the
-    way down to show how far it is.
+    model's own predictions, which makes the weights the Fisher information of its outputs.  `first`: the number of the first
+    sequence, by which labels are drawn.  `segment`: layers whose graph is kept at once, for a `segment`-th of a batch.
+    `progress` is called with each layer's name on the way down.
     """
-    generator = None if seed is None else torch.Generator(batches[0].device).manual_seed(seed)
-    layers = list(adapter.layers())
-    inputs: list[list[Tensor]] = []
-    with torch.no_grad():
-        hidden = [adapter.embed(tokens) for tokens in batches]
-        for _, layer in layers:
-            inputs.append([x.to("cpu") for x in hidden])
-            for i, x in enumerate(hidden):
-                hidden[i] = adapter.forward(layer, x)
-    gradients = [loss_gradient(adapter, x, tokens, generator) for x, tokens in zip(hidden, batches, strict=True)]
-    weights: TokenWeights = {}
-    for prefix, layer in progress(layers[::-1]):
-        kept = inputs.pop()
-        for i, x in enumerate(kept):
-            gradients[i] = layer_gradient(adapter, prefix, layer, x.to(gradients[i].device), gradients[i], weights)
-    return weights
+    tokens = torch.cat(list(batches))
+    with phase("weigh"), torch.no_grad():
+        hidden = embed_all(adapter, batches, on_host)
+        starts = list(range(0, len(adapter.names), segment))
+        kept = climb(adapter, hidden, starts, on_host)
+        weights: dict[str, Tensor] = {}
+        stops = [*starts[1:], len(adapter.names)]
+        layers = adapter.layers([i for start, stop in reversed(list(zip(starts, stops, strict=True))) for i in range(start, stop)])
+        for start, stop in reversed(list(zip(starts, stops, strict=True))):
+            part = list(islice(layers, stop - start))
+            inputs = hidden if stop == len(adapter.names) else kept.pop()
+            descend(adapter, part, inputs, hidden, tokens if inputs is hidden else None, weights, seed, first)
+            for name, _ in reversed(part):
+                progress(name)
+            del part, inputs
+    return {name: list(weight.split(len(batches[0]))) for name, weight in weights.items()}
 
 
-def loss_gradient(adapter: Adapter, hidden: Tensor, tokens: Tensor, generator: torch.Generator | None) -> Tensor:
-    """∂L/∂hidden of the last layer's output (n, length, d), a sequence at a time."""
-    parts = []
-    for x, labels in zip(hidden.split(1), tokens.split(1), strict=True):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            logits = adapter.logits(x)[:, :-1].float().flatten(0, 1)
-            labels = labels[:, 1:].flatten()
+def climb(adapter: Adapter, hidden: Activations, starts: list[int], on_host: bool | None) -> list[Activations]:
+    """Runs `hidden` up to the last segment; returns the inputs of the segments before it."""
+    size = hidden.data.numel() * hidden.data.itemsize * len(starts)
+    host = belongs_on_host(size, hidden.device) if on_host is None else on_host
+    kept: list[Activations] = []
+    for index, (_, layer) in enumerate(adapter.layers(range(starts[-1]))):
+        if index in starts:
+            kept.append(hidden.copy(host))
+
+        def work(rows: slice, layer: nn.Module = layer) -> None:
+            hidden.store(rows, adapter.forward(layer, hidden.load(rows)))
+
+        each_batch(hidden, "weigh", work)
+    return kept
+
+
+def descend(
+    adapter: Adapter,
+    part: list[tuple[str, nn.Module]],
+    inputs: Activations,
+    hidden: Activations,
+    tokens: Tensor | None,
+    weights: dict[str, Tensor],
+    seed: int | None,
+    first: int,
+) -> None:
+    """Overwrites `hidden`, which holds ∂L/∂(output of the segment), with ∂L/∂(its input), and fills in the segment's `weights`.
+
+    With `tokens` the segment is the last, and the gradient of its output is that of the loss.
+    """
+    names = {layer.get_submodule(name): f"{prefix}.{stage[0]}" for prefix, layer in part for stage in adapter.stages for name in stage}
+    for name in names.values():
+        weights[name] = torch.zeros(hidden.data.shape[:2], device=hidden.device)
+
+    def work(rows: slice) -> None:
+        for name in names.values():
+            weights[name][rows] = 0
+
+        def see(linear: nn.Module, _x: Tensor, y: Tensor) -> None:
+            def add(gradient: Tensor) -> None:
+                weights[names[linear]][rows] += torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square()
+
+            y.register_hook(add)
+
+        with torch.enable_grad(), watch_linears(names, see):
+            x = y = inputs.load(rows).detach().requires_grad_()
+            for _, layer in part:
+                y = adapter.forward(layer, y)
+            if tokens is None:
+                gradient = hidden.load(rows)
+            else:
+                gradient = loss_gradient(adapter, y.detach(), tokens[rows], seed, first + rows.start)
+            (gradient,) = torch.autograd.grad(y, x, gradient)
+        hidden.store(rows, gradient)
+
+    each_batch(hidden, "weigh", work, divisor=len(part))
+
+
+def loss_gradient(adapter: Adapter, hidden: Tensor, tokens: Tensor, seed: int | None, first: int) -> Tensor:
+    """∂L/∂hidden of the last layer's output (n, length, d), a sequence and some positions at a time.  `first`: as above.
+
+    The gradient at the logits is softmax - label.  Labels are drawn by exponential races: the smallest E_v / p_v, E_v ~ Exp(1).
+    """
+    result = torch.zeros_like(hidden)
+    for n in range(len(tokens)):
+        generator = None if seed is None else torch.Generator(hidden.device).manual_seed(seed * 1_000_003 + first + n)
+        for start in range(0, tokens.shape[1] - 1, POSITIONS_AT_ONCE):
+            stop = min(start + POSITIONS_AT_ONCE, tokens.shape[1] - 1)
+            with torch.enable_grad():
+                x = hidden[n : n + 1, start:stop].detach().requires_grad_()
+                logits = adapter.logits(x)
+            p = logits.detach().float().softmax(-1)
+            labels = tokens[n : n + 1, start + 1 : stop + 1]
             if generator is not None:
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-            parts.append(torch.autograd.grad(loss, x)[0])
-    return torch.cat(parts)
-
-
-def layer_gradient(
-    adapter: Adapter, prefix: str, layer: nn.Module, x: Tensor, gradient: Tensor, weights: TokenWeights
-) -> Tensor:
-    """∂L/∂x from ∂L/∂(layer output); appends the weights of the layer's stages to `weights` as the gradient passes."""
-    outputs: dict[nn.Module, Tensor] = {}
-    linears = {layer.get_submodule(name): stage[0] for stage in adapter.stages for name in stage}
-
-    def keep(module: nn.Module, _x: Tensor, y: Tensor) -> None:
-        outputs[module] = y
-
-    with torch.enable_grad(), watch_linears(list(linears), keep):
-        x = x.detach().requires_grad_()
-        y = adapter.forward(layer, x)
-        grads = torch.autograd.grad(y, [x, *(outputs[module] for module in linears)], gradient)
-    sums: dict[str, Tensor] = {}
-    for stage, g in zip(linears.values(), grads[1:], strict=True):
-        energy = g.float().square().sum(-1)
-        sums[stage] = sums[stage] + energy if stage in sums else energy
-    for stage, energy in sums.items():
-        weights.setdefault(f"{prefix}.{stage}", []).append(energy)
-    return grads[0]
+                labels = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+            p.scatter_add_(-1, labels[..., None], torch.full_like(p[..., :1], -1.0))
+            result[n, start:stop] = torch.autograd.grad(logits, x, p.to(logits.dtype))[0][0]
+    return result

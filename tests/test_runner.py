@@ -9,10 +9,10 @@ import torch
 from ptq.config import QuantConfig
 from ptq.formats import INT4_G128, MXFP4, NVFP4
 from ptq.hessian import Hessian
-from ptq.methods.solution import Solution
 from ptq.models.llama import LlamaAdapter
 from ptq.plan import make_plan, with_block
-from ptq.runner import CertificateError, certify, quantize_model
+from ptq.runner import quantize_model
+from ptq.stage import CertificateError, Numbers, certify
 from ptq.watch import watch_linears
 
 from .tiny import tiny_model
@@ -83,11 +83,12 @@ def test_certificate_is_on_every_gptq_linear_and_catches_wrong_feedback():
     records = [record for record, _ in quantize_model(LlamaAdapter(tiny_model()), tokens().split(2), CONFIGS[0])]
     # Float32 leaves about 2 √128 · 2⁻²⁴ · ‖W‖/‖Δ‖, 2e-5 for errors of 6 %.
     assert all(record.certificate is not None and record.certificate < 2e-5 for record in records)
-    wrong = Solution(None, torch.tensor([1.0, 2.0]).double(), torch.tensor([1.0, 2.1]).double())  # type: ignore[arg-type]
-    energies = [torch.ones(2).double()] * 3
-    assert certify("a", wrong, slice(0, 1), energies) == 0
+    right = Numbers(
+        whole=1, ours=1, baseline=1, accumulated=2, measured=2, feeds_forward=1, dead=0, tokens=1, seconds=0
+    )
+    assert certify("a", right) == 0 and certify("a", right._replace(feeds_forward=0)) is None
     with pytest.raises(CertificateError, match="b: Σ err² = 2 but"):
-        certify("b", wrong, slice(1, 2), energies)
+        certify("b", right._replace(measured=2.1))
 
 
 def test_hooks_are_gone_after_an_exception():

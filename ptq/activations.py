@@ -1,0 +1,135 @@
+"""The hidden states between two layers, for all calibration sequences: on the device, or in pinned host memory.
+
+Work goes over them batch by batch.  From host memory the next batch is copied while the present one is worked on.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ptq.adapter import Adapter
+
+# Of the device's memory, what may be taken by hidden states before they go to host memory.
+DEVICE_SHARE = 1 / 8
+
+
+def belongs_on_host(size: int, device: torch.device) -> bool:
+    """Whether `size` bytes of activations are too many for the device."""
+    return device.type == "cuda" and size > DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
+class Activations:
+    """Hidden states (sequences, length, d), overwritten in place layer after layer.  `batch`: sequences worked on at once.
+
+    `on_host`: in pinned host memory; None: where there are too many for the device.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, batch: int, on_host: bool | None = None
+    ):
+        size = shape[0] * shape[1] * shape[2] * dtype.itemsize
+        self.on_host = device.type == "cuda" and (belongs_on_host(size, device) if on_host is None else on_host)
+        self.data = torch.empty(shape, dtype=dtype, device="cpu" if self.on_host else device, pin_memory=self.on_host)
+        self.device, self.batch, self.halved = device, batch, False
+        self._ahead: dict[tuple[int, int], tuple[Tensor, torch.cuda.Event]] = {}
+        self._copies = torch.cuda.Stream(device) if self.on_host else None
+        self._stored = torch.cuda.Event() if self.on_host else None
+
+    def __len__(self) -> int:
+        return self.data.shape[0]
+
+    def load(self, rows: slice) -> Tensor:
+        """Sequences `rows` on the device."""
+        if self._copies is None:
+            return self.data[rows]
+        x, arrived = self._ahead.pop((rows.start, rows.stop), None) or self._fetch(rows)
+        self._ahead.clear()
+        after = slice(rows.stop, min(2 * rows.stop - rows.start, len(self)))
+        if after.start < after.stop:
+            self._ahead[after.start, after.stop] = self._fetch(after)
+        torch.cuda.current_stream(self.device).wait_event(arrived)
+        x.record_stream(torch.cuda.current_stream(self.device))
+        return x
+
+    def store(self, rows: slice, x: Tensor) -> None:
+        self.data[rows].copy_(x, non_blocking=True)
+        if self._stored is not None:
+            self._stored.record(torch.cuda.current_stream(self.device))
+
+    def copy(self, on_host: bool | None = None) -> "Activations":
+        """A copy of the present state."""
+        other = Activations(tuple(self.data.shape), self.data.dtype, self.device, self.batch, on_host)
+        other.data.copy_(self.data, non_blocking=True)
+        if other._stored is not None:
+            other._stored.record(torch.cuda.current_stream(self.device))
+        return other
+
+    def _fetch(self, rows: slice) -> tuple[Tensor, torch.cuda.Event]:
+        assert self._copies is not None and self._stored is not None
+        self._copies.wait_event(self._stored)
+        arrived = torch.cuda.Event()
+        with torch.cuda.stream(self._copies):
+            x = self.data[rows].to(self.device, non_blocking=True)
+            arrived.record(self._copies)
+        return x, arrived
+
+    def halve(self, phase: str, error: torch.OutOfMemoryError) -> None:
+        """Half the batch, once, saying so.  Raises OutOfMemoryError with what to set where that was tried or cannot be."""
+        if self.halved or self.batch == 1:
+            place = "" if self.on_host or self.device.type != "cuda" else ", --activations host"
+            raise torch.OutOfMemoryError(
+                f"out of memory in phase {phase!r} with {self.batch} sequences at once; set --batch {max(1, self.batch // 2)}"
+                f"{place}, or give fewer or shorter sequences ({str(error).splitlines()[0]})"
+            ) from error
+        self.batch, self.halved = self.batch // 2, True
+        self._ahead.clear()
+        warnings.warn(f"out of memory in phase {phase!r}: going on with {self.batch} sequences at once", stacklevel=2)
+
+
+def embed_all(adapter: Adapter, batches: Sequence[Tensor], on_host: bool | None = None) -> Activations:
+    """The first layer's input for all sequences; a batch is as many of them as the first of `batches` has."""
+    hidden = None
+    start = 0
+    for tokens in batches:
+        x = adapter.embed(tokens)
+        if hidden is None:
+            shape = (sum(len(part) for part in batches), *x.shape[1:])
+            hidden = Activations(shape, x.dtype, x.device, len(batches[0]), on_host)  # type: ignore[arg-type]
+        rows = slice(start, start + len(x))
+        hidden.store(rows, x)
+        start = rows.stop
+    assert hidden is not None
+    return hidden
+
+
+def each_batch(
+    hidden: Activations,
+    phase: str,
+    work: Callable[[slice], None],
+    *,
+    within: slice | None = None,
+    divisor: int = 1,
+    restart: Callable[[], None] | None = None,
+) -> None:
+    """work(rows) for the batches of `within` (all sequences without), in order, of a `divisor`-th of the usual size.
+
+    Out of memory halves the batch once and goes on with the batch that failed, or, with `restart`, calls it and begins again.
+    """
+    first, last = (0, len(hidden)) if within is None else (within.start, within.stop)
+    start = first
+    while start < last:
+        rows = slice(start, min(start + max(1, hidden.batch // divisor), last))
+        try:
+            work(rows)
+        except torch.OutOfMemoryError as error:
+            hidden.halve(phase, error)
+        else:
+            start = rows.stop
+            continue
+        # Outside of the handler, whose traceback keeps the tensors of the failed batch alive.
+        torch.cuda.empty_cache()
+        if restart is not None:
+            restart()
+            start = first

@@ -1,0 +1,126 @@
+"""Several processes at one model: each has its own calibration sequences, and some of the stages to solve.
+
+Tokens are additive in H, so H is summed over the ranks (the one sum whose order depends on how many there are); a stage is
+solved by one rank and its result sent to all, so the solve does not depend on them.  With `deterministic` the sum is a tree over
+`GROUPS` fixed groups of sequences, and its bits are the same on 1, 2, 4 or 8 ranks.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+GROUPS = 8
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process among `size`.  Alone, every function is the identity."""
+
+    rank: int = 0
+    size: int = 1
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.deterministic and GROUPS % self.size:
+            raise ValueError(f"--deterministic works on 1, 2, 4 or {GROUPS} ranks, not {self.size}")
+
+    def share(self, sequences: int) -> slice:
+        """The sequences of this rank.  Raises ValueError where there are fewer than ranks, or than groups."""
+        least = GROUPS if self.deterministic else self.size
+        if sequences < least:
+            raise ValueError(f"{sequences} calibration sequences are too few to divide into {least} parts")
+        if not self.deterministic:
+            return slice(sequences * self.rank // self.size, sequences * (self.rank + 1) // self.size)
+        each = GROUPS // self.size
+        return slice(sequences * self.rank * each // GROUPS, sequences * (self.rank + 1) * each // GROUPS)
+
+    def groups(self, sequences: int) -> list[slice]:
+        """This rank's sequences, counted from its first, in the parts whose sums are formed on their own.  `sequences`: of all."""
+        first = self.share(sequences).start
+        if not self.deterministic:
+            return [slice(0, self.share(sequences).stop - first)]
+        each = GROUPS // self.size
+        edges = [sequences * g // GROUPS - first for g in range(self.rank * each, (self.rank + 1) * each + 1)]
+        return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+    def sum_to(self, tensor: Tensor, owner: int) -> None:
+        """In place: the sum over ranks, valid on `owner`."""
+        if self.size == 1:
+            return
+        if not self.deterministic:
+            dist.reduce(tensor, owner)
+            return
+        other = torch.empty_like(tensor)
+        step = 1
+        while step < self.size:  # after each step, 2 · step neighbours hold the same sum
+            partner = self.rank ^ step
+            sends = [dist.P2POp(dist.isend, tensor, partner), dist.P2POp(dist.irecv, other, partner)]
+            for work in dist.batch_isend_irecv(sends):
+                work.wait()
+            tensor += other
+            step *= 2
+
+    def total(self, value: float, device: torch.device) -> float:
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=device)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    def send(self, tensor: Tensor, owner: int) -> None:
+        """In place: `owner`'s tensor on every rank."""
+        if self.size > 1:
+            dist.broadcast(tensor, owner)
+
+    def collect(self, tensor: Tensor, sequences: int) -> Tensor:
+        """(sequences, …) of all ranks from each rank's own part, on every rank."""
+        if self.size == 1:
+            return tensor
+        whole = tensor.new_zeros((sequences, *tensor.shape[1:]))
+        whole[self.share(sequences)] = tensor
+        dist.all_reduce(whole)  # every element has one term that is not zero
+        return whole
+
+    def exchange(self, value: object) -> list:
+        """Every rank's `value`, by rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def check_same(self, what: str, value: object) -> None:
+        """Raises ValueError on every rank where one has another `value` than rank 0."""
+        values = self.exchange(value)
+        others = [rank for rank, other in enumerate(values) if other != values[0]]
+        if others:
+            raise ValueError(f"rank {', '.join(map(str, others))} has another {what} than rank 0; all must be given the same")
+
+
+def assign(costs: Sequence[float], ranks: int) -> list[int]:
+    """A rank for each piece of work: the largest first, each to the rank with the least so far."""
+    loads, owners = [0.0] * ranks, [0] * len(costs)
+    for piece in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[piece] = loads.index(min(loads))
+        loads[owners[piece]] += costs[piece]
+    return owners
+
+
+@contextmanager
+def joined(device: torch.device, *, deterministic: bool = False) -> Iterator[Team]:
+    """The team that torchrun started, or this process alone."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield Team(deterministic=deterministic)
+        return
+    team = Team(int(os.environ["RANK"]), size, deterministic)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
+    yield team
+    dist.destroy_process_group()  # not after an error: the others may be waiting in the middle of something, torchrun ends them

@@ -1,0 +1,180 @@
+"""One stage: its linears solved as one matrix, and what is known of the result.
+
+Nothing here waits for the device but a factorization that may fail: the numbers of a record are tensors until the layer ends.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptq.clock import Moment, now, phase, seconds_between
+from ptq.config import QuantConfig
+from ptq.distributed import Team
+from ptq.formats import choose_tensor_scale
+from ptq.hessian import Hessian
+from ptq.methods import METHODS
+from ptq.methods.rtn import rtn
+from ptq.methods.solution import Solution
+from ptq.packing import Quantized
+
+# Rounding alone leaves the two sides of the identity within about 2 √d_in · eps · ‖W‖/‖Δ‖ of each other, 2e-4 for d_in = 14336
+# and an error of 5 %; the bugs it is there to catch (stale or missing feedback) change one side by tens of percent.
+CERTIFICATE_TOLERANCE = 1e-2
+
+Stage = dict[str, nn.Linear]
+
+
+class CertificateError(RuntimeError):
+    """GPTQ's loss identity does not hold: the error feedback went wrong."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What happened to one linear.
+
+    `error`: ‖(W - Q) X‖ / ‖W X‖ on the calibration tokens, weighted as H is; `rtn_error` the same for RTN with absmax scales;
+    None without calibration.  `certificate`: relative difference of the two sides of the loss identity (gptq only).
+    `dead_inputs`: columns no token reached.  `seconds`: this linear's share, by rows, of its stage.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    method: str
+    rule: str
+    error: float | None
+    rtn_error: float | None
+    certificate: float | None
+    damp: float
+    dead_inputs: int | None
+    tokens: int
+    seconds: float
+
+
+class Numbers(NamedTuple):
+    """What the device found of one linear.  Energies: Σ over rows of the mean over tokens of (row · x)².
+
+    `feeds_forward`: 1 where the method has a loss identity, whose sides are `accumulated` and `measured`, else 0.
+    """
+
+    whole: float
+    ours: float
+    baseline: float
+    accumulated: float
+    measured: float
+    feeds_forward: float
+    dead: float
+    tokens: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A quantized stage.  numbers (linears, 9) float64, on the device: rows of `Numbers`, seconds still 0."""
+
+    quantized: Quantized
+    numbers: Tensor
+    begin: Moment
+    end: Moment
+
+
+def solve_stage(stage: Stage, hessian: Hessian | None, config: QuantConfig) -> Solved:
+    """Quantizes the linears of one stage as one matrix: they share H, U and, as serving engines fuse them, tensor_scale.
+
+    The Hessian is used up.
+    """
+    sizes = [linear.out_features for linear in stage.values()]
+    device = next(iter(stage.values())).weight.device
+    begin = now(device)
+    H, tokens = (hessian.take_mean(), hessian.tokens) if hessian else (None, 0)
+    W = torch.cat([linear.weight.float() for linear in stage.values()])
+    tensor_scale = choose_tensor_scale(W, config.format)
+    with phase("sweep"):
+        solution = METHODS[config.method](W, H, config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp)
+    with phase("report"):
+        nothing = W.new_zeros(len(W), dtype=torch.float64)
+        energies = [nothing] * 3 if H is None else output_energies(W, H, solution, config)
+        identity = [nothing if side is None else side for side in (solution.accumulated, solution.measured)]
+        sums = [torch.stack([part.sum() for part in rows.split(sizes)]) for rows in (*energies, *identity)]
+        dead = 0 if H is None else (H.diagonal() == 0).sum()
+        same = (solution.measured is not None, dead, tokens, 0)
+        constants = [torch.as_tensor(value, dtype=torch.float64, device=device).expand(len(sizes)) for value in same]
+    return Solved(solution.quantized, torch.stack([*sums, *constants], 1), begin, now(device))
+
+
+def output_energies(W: Tensor, H: Tensor, solution: Solution, config: QuantConfig) -> list[Tensor]:
+    """Of W, of the error, and of the error of RTN with absmax scales: mean over tokens of (row · x)², each (d_out,) float64."""
+    baseline = rtn(W, None, config.format, rule="absmax", tensor_scale=solution.quantized.tensor_scale).quantized.dequantize()
+    error = W - solution.quantized.dequantize()
+    if solution.measured is None:
+        ours = ((error @ H) * error).sum(1, dtype=torch.float64)
+    else:  # what the method measured, less the damping in it
+        ours = solution.measured - config.damp * H.diagonal().mean() * error.square().sum(1, dtype=torch.float64)
+    return [rough_energy(W, H), ours, rough_energy(W - baseline, H)]
+
+
+def rough_energy(W: Tensor, H: Tensor) -> Tensor:
+    """Diagonal of W H Wᵀ, (d_out,) float64.  On a GPU the product's operands are rounded to bfloat16, which changes the sum over
+    rows by about 1e-3 of it, unless W was fitted to avoid the large directions of H."""
+    if W.is_cuda:
+        return (torch.mm(W.bfloat16(), H.bfloat16(), out_dtype=torch.float32) * W).sum(1, dtype=torch.float64)
+    return ((W @ H) * W).sum(1, dtype=torch.float64)
+
+
+def share_solved(stage: Stage, solved: Solved | None, owner: int, config: QuantConfig, team: Team) -> tuple[Quantized, Tensor]:
+    """(quantized, numbers) of a stage on every rank; `solved` where it was solved, None elsewhere."""
+    first = next(iter(stage.values())).weight
+    d_out, d_in = sum(linear.out_features for linear in stage.values()), first.shape[1]
+    if solved:
+        quantized, numbers = solved.quantized, solved.numbers
+        if first.is_cuda:
+            torch.cuda.synchronize(first.device)
+        numbers[:, -1] = seconds_between(solved.begin, solved.end)
+    else:
+        codes = first.new_empty((d_out, d_in), dtype=torch.uint8)
+        scales = first.new_empty((d_out, d_in // config.format.block), dtype=torch.float32)
+        quantized = Quantized(codes, scales, first.new_empty((), dtype=torch.float32), config.format)
+        numbers = first.new_empty((len(stage), len(Numbers._fields)), dtype=torch.float64)
+    for tensor in (quantized.codes, quantized.scales, quantized.tensor_scale, numbers):
+        team.send(tensor, owner)
+    return quantized, numbers
+
+
+def make_record(name: str, linear: nn.Linear, numbers: Numbers, config: QuantConfig) -> Record:
+    """Raises CertificateError where the loss identity fails."""
+    known = numbers.tokens > 0
+    return Record(
+        name=name,
+        shape=(linear.out_features, linear.in_features),
+        method=config.method,
+        rule=config.rule,
+        error=relative(numbers.ours, numbers.whole) if known else None,
+        rtn_error=relative(numbers.baseline, numbers.whole) if known else None,
+        certificate=certify(name, numbers),
+        damp=config.damp,
+        dead_inputs=int(numbers.dead) if known else None,
+        tokens=int(numbers.tokens),
+        seconds=numbers.seconds,
+    )
+
+
+def relative(part: float, whole: float) -> float:
+    return (max(part, 0.0) / whole) ** 0.5 if whole else 0.0
+
+
+def certify(name: str, numbers: Numbers) -> float | None:
+    """Relative difference of Σ err² and tr(Δ (H + damp) Δᵀ), None where the method feeds no error forward.
+
+    Raises CertificateError where it exceeds the tolerance.
+    """
+    if numbers.tokens == 0 or not numbers.feeds_forward:
+        return None
+    # Weights that were on the grid already leave nothing but rounding noise on both sides.
+    difference = abs(numbers.accumulated - numbers.measured) / max(numbers.measured, 1e-9 * numbers.whole, 1e-300)
+    if not difference <= CERTIFICATE_TOLERANCE:
+        raise CertificateError(
+            f"{name}: Σ err² = {numbers.accumulated:.6g} but tr(Δ (H + damp) Δᵀ) = {numbers.measured:.6g}; the error feedback went "
+            "wrong, please report this"
+        )
+    return difference
