@@ -71,3 +71,9 @@ class LlamaAdapter:
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         tensors = self.model.state_dict()
         return {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.") and name not in tied}
+
+    def in_dtype(self, dtype: torch.dtype) -> "LlamaAdapter":
+        """The same with parameters of another dtype; the model's own change.  (Buffers do not: rotary frequencies stay float32.)"""
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return self

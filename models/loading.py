@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -63,6 +64,8 @@ def open_model(
     pin = torch.device(device).type == "cuda"
     adapter = StreamingAdapter(config, lambda names: shards.read(names, pin=pin), dtype=dtype or stored, device=device)
     check_names(adapter, shards)
+    if (folder / "generation_config.json").is_file():
+        adapter.model.generation_config = GenerationConfig.from_pretrained(where)
     return adapter, tokenizer, {name: list(about) for name, about in shards.files.items()}
 
 

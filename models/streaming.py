@@ -63,6 +63,12 @@ class StreamingAdapter(LlamaAdapter):
         names = list(super().ends())
         return {name: tensor.to(self.dtype) for name, tensor in self._read(names).items()}
 
+    def in_dtype(self, dtype: torch.dtype) -> "StreamingAdapter":
+        """The same model with parameters of another dtype."""
+        other = copy.copy(self)
+        other.dtype, other._ends = dtype, {}
+        return other
+
     def _begin(self, reader: ThreadPoolExecutor, index: int) -> Future:
         prefix = self.names[index]
         return reader.submit(self._read, [f"{prefix}.{name}" for name in self._body.layers[index].state_dict()])

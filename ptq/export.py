@@ -8,6 +8,7 @@ For a linear `<name>` of shape (d_out, d_in), weights only, activations untouche
     pack-quantized         weight_packed I32 (d_out, d_in/8), code = q + 8, first column lowest
                            weight_scale BF16 (d_out, d_in/block);  weight_shape I64 [2]
 
+One file a layer and one for the tensors outside of the layers, so that a layer can be stored for good as soon as it is finished.
 Every other tensor keeps its name and is stored in bfloat16, the dtype compressed-tensors decompresses FP4 weights to: a bfloat16
 model's are bit-identical.  Sources: the compressed-tensors package 0.20 (its files and its loader were the test).
 """
@@ -15,20 +16,21 @@ model's are bit-identical.  Sources: the compressed-tensors package 0.20 (its fi
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ptq.formats import Format, encode_scales
-from ptq.packing import Quantized, pack, pack_int32
+from ptq.adapter import Adapter
+from ptq.formats import Format, decode_scales, encode_scales
+from ptq.packing import Quantized, pack, pack_int32, unpack
 
 DTYPE = torch.bfloat16
+INDEX = "model.safetensors.index.json"
 
 
 class ReadBackError(RuntimeError):
@@ -90,68 +92,136 @@ def check_output(output: Path, needed_bytes: int) -> None:
         raise ValueError(f"output {output} needs about {needed_bytes / 1e9:.2f} GB; {parent} has {free / 1e9:.2f} GB free")
 
 
-@contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes `output` at the end, or is removed if anything went wrong."""
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))
+def shard_name(index: int, layers: int) -> str:
+    """File of layer `index`, which depends on nothing else, or with -1 of the tensors outside of the layers."""
+    return f"model-{index + 2:05}-of-{layers + 1:05}.safetensors"
+
+
+def layer_tensors(prefix: str, layer: nn.Module, quantized: Mapping[str, Quantized]) -> dict[str, Tensor]:
+    """What the checkpoint stores of a layer, on the CPU: the quantized linears packed, all else in bfloat16."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in quantized.items():
+        tensors |= checkpoint_tensors(name, weight)
+    for key, tensor in layer.state_dict().items():
+        if f"{prefix}.{key.removesuffix('.weight')}" not in quantized:
+            tensors[f"{prefix}.{key}"] = stored(tensor)
+    return tensors
+
+
+def stored(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", DTYPE if tensor.is_floating_point() else tensor.dtype).contiguous()
+
+
+def restore_layer(prefix: str, layer: nn.Module, tensors: Mapping[str, Tensor], format: Format) -> None:
+    """Puts the weights that `layer_tensors` stored as quantized back into the layer's linears."""
+    for name, linear in layer.named_modules():
+        if f"{prefix}.{name}.weight_packed" in tensors:
+            assert isinstance(linear, nn.Linear), name
+            about = {key: tensors.get(f"{prefix}.{name}.{key}") for key in ("weight_packed", "weight_scale", "weight_global_scale")}
+            linear.weight.data.copy_(unpack_weight(*about.values(), format).dequantize().to(linear.weight.device))  # type: ignore[arg-type]
+
+
+def unpack_weight(packed: Tensor, scale: Tensor, global_scale: Tensor | None, format: Format) -> Quantized:
+    """The inverse of `checkpoint_tensors`; exact, since a tensor_scale is a power of two."""
+    scales = decode_scales(scale, format.grid) if scale.dtype == torch.uint8 else scale.float()
+    tensor_scale = torch.ones(()) if global_scale is None else 1 / global_scale[0]
+    return Quantized(unpack(packed.view(torch.uint8)), scales, tensor_scale, format)
+
+
+def save_durably(path: Path, write: Callable[[Path], object]) -> None:
+    """write(temporary path), then the file gets its name once its content is on the disk.  An OSError leaves nothing behind."""
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        yield folder
-        folder.chmod(0o755)
-        folder.rename(output)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
-def write_checkpoint(
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_durably(path, lambda temporary: save_file(dict(tensors), temporary, metadata={"format": "pt"}))
+
+
+def save_text(path: Path, text: str) -> None:
+    save_durably(path, lambda temporary: temporary.write_text(text))
+
+
+def write_rest(
     folder: Path,
-    model: PreTrainedModel,
+    adapter: Adapter,
     tokenizer: PreTrainedTokenizerBase,
-    packed: Mapping[str, Tensor],
     format: Format,
     ignored: tuple[str, ...] = (),
 ) -> None:
-    """Writes weights (sharded), config, generation config, tokenizer and chat template into an existing folder.
+    """All but the layers, whose files are in the folder: tensors outside of them, index, config, generation config, tokenizer.
 
-    packed: all `checkpoint_tensors` of the model.  The model's own copies of those linears are not written.
+    `adapter` is one of ptq.models.
     """
-    quantized = {name.rpartition(".")[0] + ".weight" for name in packed if name.endswith(".weight_packed")}
-    skip = quantized | ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
-    dense = {
-        name: tensor.detach().to("cpu", DTYPE if tensor.is_floating_point() else tensor.dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in skip
-    }
-    save_torch_state_dict(dense | dict(packed), str(folder), max_shard_size="5GB", metadata={"format": "pt"})
+    model: PreTrainedModel = adapter.model  # type: ignore[attr-defined]
+    layers = len(adapter.names)
+    save_tensors(folder / shard_name(-1, layers), {name: stored(tensor) for name, tensor in adapter.ends().items()})
+    save_text(folder / INDEX, json.dumps(make_index(folder, layers), indent=2, sort_keys=True) + "\n")
     config = model.config.to_diff_dict() | {
         "architectures": [type(model).__name__],
         "dtype": str(DTYPE).removeprefix("torch."),
         "quantization_config": quantization_config(format, ignored),
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 
 
-@torch.no_grad()
-def verify(folder: Path, model: PreTrainedModel, tokens: Tensor) -> float:
-    """Max |logit difference| on `tokens` (n, length) between the checkpoint as transformers loads it and `model`, in bfloat16.
+def make_index(folder: Path, layers: int) -> dict:
+    """The index that names each tensor's file."""
+    files: dict[str, str] = {}
+    size = 0
+    for index in range(-1, layers):
+        name = shard_name(index, layers)
+        with safe_open(folder / name, framework="pt") as file:
+            files |= dict.fromkeys(file.keys(), name)
+        with (folder / name).open("rb") as raw:  # what follows the header is the tensors
+            size += (folder / name).stat().st_size - 8 - int.from_bytes(raw.read(8), "little")
+    return {"metadata": {"total_size": size}, "weight_map": files}
 
-    The model's parameters are turned to bfloat16 for good (its buffers are not: the rotary frequencies stay in fp32, as the loader
-    keeps them).  Raises ReadBackError where a tensor is missing from the checkpoint, or unexpected in it.
+
+@torch.no_grad()
+def verify(folder: Path, adapter: Adapter, tokens: Tensor, format: Format, layers: int | None = None) -> float:
+    """Max |logit difference| on `tokens` (n, length) between the checkpoint as transformers loads it and the original with the
+    stored weights in its linears, in bfloat16.  `layers`: only so many, where the whole model is too large to load.
+
+    `adapter` is one of ptq.models, of the original.  Raises ReadBackError where a tensor is missing from the checkpoint or
+    unexpected in it.
     """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(DTYPE)
-    device = next(model.parameters()).device
+    config = AutoConfig.from_pretrained(folder)
+    whole = layers is None or layers >= config.num_hidden_layers
+    if not whole:
+        config.num_hidden_layers = layers
+        config.layer_types = config.layer_types[:layers] if getattr(config, "layer_types", None) else None
     loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
-        str(folder), dtype=DTYPE, attn_implementation="sdpa", output_loading_info=True
+        str(folder), config=config, dtype=DTYPE, attn_implementation="sdpa", output_loading_info=True
     )
-    problems = [
-        f"{kind}: {sorted(info[kind])[:3]}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
-    ]
+    kinds = ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if whole else []))
+    problems = [f"{kind}: {sorted(info[kind])[:3]}" for kind in kinds if info[kind]]
     if problems:
         raise ReadBackError(f"the checkpoint does not read back: {'; '.join(problems)}")
-    ours = model(tokens.to(device)).logits
-    theirs = loaded.to(device).eval()(tokens.to(device)).logits
+    ours = restored_logits(folder, adapter.in_dtype(DTYPE), tokens, format, config.num_hidden_layers)  # type: ignore[attr-defined]
+    theirs = loaded.to(ours.device).eval()(tokens.to(ours.device)).logits
     return float((ours.float() - theirs.float()).abs().max())
+
+
+def restored_logits(folder: Path, adapter: Adapter, tokens: Tensor, format: Format, layers: int) -> Tensor:
+    hidden = adapter.embed(tokens)
+    for index, (prefix, layer) in enumerate(adapter.layers(range(layers))):
+        restore_layer(prefix, layer, load_file(folder / shard_name(index, len(adapter.names))), format)
+        hidden = adapter.forward(layer, hidden)
+    return adapter.logits(hidden)

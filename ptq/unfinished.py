@@ -1,0 +1,157 @@
+"""A checkpoint in the making: what is finished is on the disk for good, and a later run goes on from there.
+
+`<output>.unfinished/` holds fingerprint.json (what the work depends on), token_weights.safetensors, layers/<n>.json (the records of
+a finished layer, written after its tensors) and checkpoint/, which becomes the output at the end.  A file has its name only once
+its content is on the disk.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import ptq
+from ptq.export import layer_tensors, restore_layer, save_tensors, save_text, shard_name
+from ptq.formats import Format
+from ptq.runner import LayerResult
+from ptq.stage import Record
+from ptq.token_weights import TokenWeights
+
+
+def code_version() -> str:
+    """Version and hash of the sources that the result depends on."""
+    root = Path(ptq.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in (root, root / "kernels", root / "models", root / "methods") for path in folder.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"{ptq.__version__} {digest.hexdigest()[:16]}, torch {torch.__version__}"
+
+
+def fingerprint(model: Mapping[str, object], calibration: Tensor | None, settings: Mapping[str, object]) -> dict:
+    """What the bytes of the result depend on.  `model`: by file, what identifies it."""
+    digest = None if calibration is None else hashlib.sha256(calibration.cpu().contiguous().numpy().tobytes()).hexdigest()
+    shape = None if calibration is None else list(calibration.shape)
+    about = {"model": dict(model), "calibration": {"tokens": shape, "sha256": digest}, "settings": dict(settings)}
+    return json.loads(json.dumps(about | {"code": {"version": code_version()}}))
+
+
+def differences(before: dict, after: dict) -> list[str]:
+    """What differs between two fingerprints, in words."""
+    found = []
+    for part in sorted(before.keys() | after.keys()):
+        old, new = before.get(part, {}), after.get(part, {})
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                found.append(f"{part}: {key} was {old.get(key)} and is {new.get(key)}")
+    return found
+
+
+class Unfinished:
+    """The folder beside `output`.  `finished`: how many layers are done, from the first on.
+
+    Raises ValueError where one is there and `resume` is not given, where there is none to resume, where its fingerprint is
+    another (saying what differs), and where another process is at it.
+    """
+
+    def __init__(self, output: Path, about: dict, layers: int, *, resume: bool):
+        self.output, self.layers = output, layers
+        self.folder = unfinished_folder(output)
+        self.checkpoint = self.folder / "checkpoint"
+        present = (self.folder / "fingerprint.json").is_file()
+        if present and not resume:
+            raise ValueError(f"{self.folder} holds an unfinished run; go on with --resume, or remove it")
+        if resume and not present:
+            raise ValueError(f"--resume: there is no unfinished run in {self.folder}")
+        self.checkpoint.mkdir(parents=True, exist_ok=True)
+        (self.folder / "layers").mkdir(exist_ok=True)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {self.folder}") from None
+        if present:
+            differ = differences(json.loads((self.folder / "fingerprint.json").read_text()), about)
+            if differ:
+                raise ValueError(f"{self.folder} is of another run; {'; '.join(differ)}; remove it, or give what it was begun with")
+        else:
+            save_text(self.folder / "fingerprint.json", json.dumps(about, indent=1) + "\n")
+        self.finished = next((n for n in range(layers) if not self._record_path(n).is_file()), layers)
+
+    def _record_path(self, index: int) -> Path:
+        return self.folder / "layers" / f"{index:05}.json"
+
+    def write_layer(self, prefix: str, index: int, tensors: Mapping[str, Tensor], records: list[Record], batch: int) -> None:
+        save_tensors(self.checkpoint / shard_name(index, self.layers), tensors)
+        about = {"layer": prefix, "batch": batch, "records": [asdict(record) for record in records]}
+        save_text(self._record_path(index), json.dumps(about) + "\n")
+
+    def restore(self, prefix: str, index: int, layer: nn.Module, format: Format) -> int:
+        """Makes a layer of the original what it was after it had been finished; returns the batch it ran with."""
+        restore_layer(prefix, layer, load_file(self.checkpoint / shard_name(index, self.layers)), format)
+        return json.loads(self._record_path(index).read_text())["batch"]
+
+    def records(self) -> list[Record]:
+        """Of all finished layers."""
+        read = (json.loads(self._record_path(index).read_text())["records"] for index in range(self.layers))
+        return [Record(**record | {"shape": tuple(record["shape"])}) for records in read for record in records]
+
+    def save_weights(self, weights: TokenWeights) -> None:
+        """Token weights of all sequences."""
+        save_tensors(self.folder / "token_weights.safetensors", {name: torch.cat(parts).cpu() for name, parts in weights.items()})
+
+    def load_weights(self) -> dict[str, Tensor] | None:
+        """By name, (sequences, length); None where they were not finished."""
+        path = self.folder / "token_weights.safetensors"
+        return load_file(path) if path.is_file() else None
+
+    def finish(self) -> None:
+        """The checkpoint becomes the output; nothing else stays."""
+        self.checkpoint.rename(self.output)
+        shutil.rmtree(self.folder)
+        os.close(self._lock)
+
+    def discard_if_empty(self) -> None:
+        """Removes the folder again where nothing of worth is in it."""
+        if not self.finished and not any((self.folder / "layers").iterdir()) and self.load_weights() is None:
+            shutil.rmtree(self.folder)
+
+    @contextmanager
+    def writer(self) -> Iterator["LayerWriter"]:
+        """Writes layers while the next ones are worked on; all are on the disk when the block is left."""
+        with ThreadPoolExecutor(1) as pool:
+            writer = LayerWriter(self, pool)
+            yield writer
+            writer.wait()
+
+
+class LayerWriter:
+    """At most one layer waits to be written."""
+
+    def __init__(self, unfinished: Unfinished, pool: ThreadPoolExecutor):
+        self._unfinished, self._pool = unfinished, pool
+        self._last: Future | None = None
+
+    def write(self, prefix: str, done: LayerResult) -> None:
+        """Raises what writing the layer before raised."""
+        tensors = layer_tensors(prefix, done.layer, done.quantized)
+        self.wait()
+        self._last = self._pool.submit(self._unfinished.write_layer, prefix, done.index, tensors, done.records, done.batch)
+
+    def wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+            self._last = None
+
+
+def unfinished_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.unfinished")
