@@ -12,6 +12,8 @@ from torch import Tensor
 from ptq.kernels import hessian as kernels
 from ptq.linalg import inverse_lower
 
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
 
 class NotPositiveDefiniteError(ValueError):
     """H + damping has no Cholesky factor."""
@@ -19,7 +21,7 @@ class NotPositiveDefiniteError(ValueError):
 
 def add_full(H: Tensor, X: Tensor) -> None:
     """H (d_in, d_in) += Xᵀ X, in place.  X (tokens, d_in), any float dtype; 16-bit ones on a GPU are not widened first."""
-    if X.is_cuda and X.dtype in (torch.bfloat16, torch.float16):
+    if X.is_cuda and X.dtype in SIXTEEN_BITS:
         kernels.add_full(H, X)
         return
     X = X.to(H.dtype)
@@ -35,10 +37,22 @@ def add_blocks(H: Tensor, X: Tensor) -> None:
     H.baddbmm_(X.mT, X)
 
 
+def weighted(X: Tensor, weights: Tensor) -> Tensor:
+    """√w x for each token: float32, or bfloat16 where X (tokens, d_in) is 16-bit on a GPU.
+
+    Then H is the exact Hessian of inputs that differ from these by 2⁻⁹ of each element at most, so it stays positive
+    semidefinite.  bfloat16 also for float16: it has float32's range, whatever the weights' unit.
+    """
+    fast = X.is_cuda and X.dtype in SIXTEEN_BITS
+    X = X * weights.float().sqrt()[:, None]
+    return X.bfloat16() if fast else X
+
+
 class Hessian:
     """Running mean of x xᵀ: the whole matrix, or with `block` its diagonal blocks only.  Any split of the stream will do.
 
-    With token weights it is Σ w x xᵀ / Σ w, so that their scale does not matter.
+    With token weights it is Σ w x xᵀ / Σ w, so that their scale does not matter.  On a GPU the weighted tokens of a 16-bit model
+    are rounded to bfloat16 (`weighted`), so that they take the fast product too.
     """
 
     def __init__(self, d_in: int, *, block: int | None = None, device: torch.device | str = "cpu"):
@@ -52,7 +66,7 @@ class Hessian:
         """Add tokens X (..., d_in), each counting for weights (...), 1 without."""
         X = X.flatten(0, -2)
         if weights is not None:
-            X = X.float() * weights.to(X.device).flatten().float().sqrt()[:, None]
+            X = weighted(X, weights.to(X.device).flatten())
         self._add(self.sum, X)
         self.weight += X.shape[0] if weights is None else weights.sum(dtype=torch.float64).to(self.weight.device)
         self.tokens += X.shape[0]

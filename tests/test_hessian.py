@@ -47,6 +47,23 @@ def test_no_tokens_are_refused():
         Hessian(8).mean()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [None, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weighted_tokens_on_a_gpu(dtype, block):
+    """Weights of squared gradients' size; 16-bit tokens are rounded to bfloat16, by 2⁻⁹ of each element at most."""
+    X, w = torch.randn(300, 64).to(dtype), torch.rand(300) * 1e-12
+    hessian = Hessian(64, block=block, device="cuda")
+    for part in (slice(0, 130), slice(130, 300)):
+        hessian.add(X[part].cuda(), w[part].cuda())
+    root = w.double().sqrt()[:, None] * X.double()
+    exact, magnitude = root.T @ root / w.sum(), root.abs().T @ root.abs() / w.sum()
+    if block:
+        exact, magnitude = block_diagonal(exact, block), block_diagonal(magnitude, block)
+    rounding = 2 * 300 * EPS + (2 * 2.0**-9 + 2.0**-18 if dtype != torch.float32 else 0)
+    assert ((hessian.mean().cpu() - exact).abs() <= rounding * magnitude).all()
+
+
 @pytest.mark.parametrize("n", [1, 48, 1500])
 def test_inverse_factor(n):
     """1500 columns are inverted by halves."""
