@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ptq.models.loading import locate, weight_arguments
+from ptq.models.loading import check_fit, locate, weight_arguments
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,6 @@ def arguments(config: Any, dtype: torch.dtype | None, extra: dict[str, str]) -> 
         return weight_arguments(extra) | {"dtype": dtype or torch.float32}
     quantized = getattr(config, "quantization_config", None)
     return {"dtype": "auto" if quantized or dtype is None else dtype}
-
-
-def check_fit(largest: int, model: PreTrainedModel, source: str) -> None:
-    """Raises ValueError where the model has no embedding for token id `largest`."""
-    embeddings = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
-    if largest >= embeddings:  # type: ignore[operator]
-        raise ValueError(
-            f"{source}: its tokenizer gives token {largest}, but the model has {embeddings} embeddings; not its own?"
-        )
 
 
 def weight_files(where: str, extra: Mapping[str, str]) -> list[Path]:

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq.calibration import all_windows
-from ptq.eval.checkpoint import Loaded, check_fit
+from ptq.eval.checkpoint import Loaded
 from ptq.eval.paired import Item, ratio_stderr
 from ptq.eval.perplexity import score_windows, summarize
+from ptq.models.loading import check_fit
 
 Progress = Callable[[Tensor], Iterable[Tensor]]
 

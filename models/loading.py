@@ -127,6 +127,15 @@ def locate(source: str) -> tuple[str, dict[str, str]]:
     return source, {}
 
 
+def check_fit(largest: int, model: PreTrainedModel, source: str) -> None:
+    """Raises ValueError where the model has no embedding for token id `largest`."""
+    embeddings: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment,union-attr]
+    if largest >= embeddings:
+        raise ValueError(
+            f"{source}: its tokenizer gives token {largest}, but the model has {embeddings} embeddings; not its own?"
+        )
+
+
 def check_files(folder: Path) -> None:
     """Raises ValueError that names a .safetensors file that is missing, or whose header and length do not fit."""
     for path in shard_paths(folder):

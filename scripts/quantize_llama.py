@@ -32,7 +32,7 @@ from ptq.export import ReadBackError, check_output, checkpoint_tensors, staged, 
 from ptq.formats import FORMATS, get_format
 from ptq.methods import METHODS
 from ptq.models.llama import LlamaAdapter
-from ptq.models.loading import load_model, quiet
+from ptq.models.loading import check_fit, load_model, quiet
 from ptq.plan import make_plan, with_block
 from ptq.runner import CertificateError, Record, quantize_model
 from ptq.scales import RULES
@@ -137,9 +137,7 @@ def token_windows(
         source: all_windows(lambda text: tokenizer(text, verbose=False)["input_ids"], documents, args.length, source)  # type: ignore[arg-type]
         for source, documents in texts.items()
     }
-    largest = max(int(tokens.max()) for tokens in windows.values())
-    if largest >= model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
-        raise ValueError(f"{args.model}: its tokenizer gives token {largest}, which the model has no embedding for")
+    check_fit(max(int(tokens.max()) for tokens in windows.values()), model, args.model)
     calibration = sample_windows(windows[args.calibration], args.sequences, args.seed, args.calibration)
     return calibration, windows[args.evaluate][: args.windows] if args.evaluate else None
 
