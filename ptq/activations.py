@@ -23,12 +23,19 @@ def belongs_on_host(size: int, device: torch.device) -> bool:
 class Activations:
     """Hidden states (sequences, length, d), overwritten in place layer after layer.  `batch`: sequences worked on at once.
 
-    `on_host`: in pinned host memory; None: where there are too many for the device.
+    `on_host`: in pinned host memory; None: where there are too many for the device.  `groups`: sequences that no batch mixes.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, batch: int, on_host: bool | None = None
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        batch: int,
+        on_host: bool | None = None,
+        groups: Sequence[slice] | None = None,
     ):
+        self.groups = [slice(0, shape[0])] if groups is None else list(groups)
         size = shape[0] * shape[1] * shape[2] * dtype.itemsize
         self.on_host = device.type == "cuda" and (belongs_on_host(size, device) if on_host is None else on_host)
         self.data = torch.empty(shape, dtype=dtype, device="cpu" if self.on_host else device, pin_memory=self.on_host)
@@ -60,7 +67,7 @@ class Activations:
 
     def copy(self, on_host: bool | None = None) -> "Activations":
         """A copy of the present state."""
-        other = Activations(tuple(self.data.shape), self.data.dtype, self.device, self.batch, on_host)
+        other = Activations(tuple(self.data.shape), self.data.dtype, self.device, self.batch, on_host, self.groups)
         other.data.copy_(self.data, non_blocking=True)
         if other._stored is not None:
             other._stored.record(torch.cuda.current_stream(self.device))
@@ -88,7 +95,9 @@ class Activations:
         warnings.warn(f"out of memory in phase {phase!r}: going on with {self.batch} sequences at once", stacklevel=2)
 
 
-def embed_all(adapter: Adapter, batches: Sequence[Tensor], on_host: bool | None = None) -> Activations:
+def embed_all(
+    adapter: Adapter, batches: Sequence[Tensor], on_host: bool | None = None, groups: Sequence[slice] | None = None
+) -> Activations:
     """The first layer's input for all sequences; a batch is as many of them as the first of `batches` has."""
     hidden = None
     start = 0
@@ -96,11 +105,11 @@ def embed_all(adapter: Adapter, batches: Sequence[Tensor], on_host: bool | None 
         x = adapter.embed(tokens)
         if hidden is None:
             shape = (sum(len(part) for part in batches), *x.shape[1:])
-            hidden = Activations(shape, x.dtype, x.device, len(batches[0]), on_host)  # type: ignore[arg-type]
+            hidden = Activations(shape, x.dtype, x.device, len(batches[0]), on_host, groups)  # type: ignore[arg-type]
         rows = slice(start, start + len(x))
         hidden.store(rows, x)
         start = rows.stop
-    assert hidden is not None
+    assert hidden is not None and hidden.groups[-1].stop == start
     return hidden
 
 
@@ -109,18 +118,19 @@ def each_batch(
     phase: str,
     work: Callable[[slice], None],
     *,
-    within: slice | None = None,
+    groups: Sequence[slice] | None = None,
     divisor: int = 1,
     restart: Callable[[], None] | None = None,
 ) -> None:
-    """work(rows) for the batches of `within` (all sequences without), in order, of a `divisor`-th of the usual size.
+    """work(rows) for the batches of `groups` (all without), in order, each of a `divisor`-th of the usual size at most.
 
     Out of memory halves the batch once and goes on with the batch that failed, or, with `restart`, calls it and begins again.
     """
-    first, last = (0, len(hidden)) if within is None else (within.start, within.stop)
-    start = first
-    while start < last:
-        rows = slice(start, min(start + max(1, hidden.batch // divisor), last))
+    groups = hidden.groups if groups is None else groups
+    first = start = groups[0].start
+    while start < groups[-1].stop:
+        end = next(group.stop for group in groups if start < group.stop)
+        rows = slice(start, min(start + max(1, hidden.batch // divisor), end))
         try:
             work(rows)
         except torch.OutOfMemoryError as error:

@@ -5,9 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 
 import torch
-
 
 Moment = torch.cuda.Event | float
 
@@ -56,7 +56,7 @@ class Clock:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         totals: dict[str, float] = defaultdict(float)
-        for (name, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+        for (name, begin), (_, end) in pairwise(self._marks):
             if name is not None:
                 totals[name] += seconds_between(begin, end)
         return dict(totals)

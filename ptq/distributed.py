@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,23 +33,25 @@ class Team:
             raise ValueError(f"--deterministic works on 1, 2, 4 or {GROUPS} ranks, not {self.size}")
 
     def share(self, sequences: int) -> slice:
-        """The sequences of this rank.  Raises ValueError where there are fewer than ranks, or than groups."""
+        """The sequences of this rank.  Raises ValueError where there are fewer than ranks, or than groups if that matters."""
         least = GROUPS if self.deterministic else self.size
         if sequences < least:
             raise ValueError(f"{sequences} calibration sequences are too few to divide into {least} parts")
-        if not self.deterministic:
-            return slice(sequences * self.rank // self.size, sequences * (self.rank + 1) // self.size)
-        each = GROUPS // self.size
-        return slice(sequences * self.rank * each // GROUPS, sequences * (self.rank + 1) * each // GROUPS)
+        groups = self.groups(sequences)
+        return slice(groups[0].start, groups[-1].stop)
 
     def groups(self, sequences: int) -> list[slice]:
-        """This rank's sequences, counted from its first, in the parts whose sums are formed on their own.  `sequences`: of all."""
-        first = self.share(sequences).start
-        if not self.deterministic:
-            return [slice(0, self.share(sequences).stop - first)]
-        each = GROUPS // self.size
-        edges = [sequences * g // GROUPS - first for g in range(self.rank * each, (self.rank + 1) * each + 1)]
-        return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        """This rank's part of the fixed groups of sequences, which no batch crosses, so that batches are the same on any number
+        of ranks that divides `GROUPS`.  With another number, or fewer sequences, a rank's share is one group."""
+        count = GROUPS if GROUPS % self.size == 0 and sequences >= GROUPS else self.size
+        each = count // self.size
+        edges = [sequences * g // count for g in range(self.rank * each, (self.rank + 1) * each + 1)]
+        return [slice(a, b) for a, b in pairwise(edges)]
+
+    def local_groups(self, sequences: int) -> list[slice]:
+        """The same, counted from this rank's first sequence."""
+        groups = self.groups(sequences)
+        return [slice(group.start - groups[0].start, group.stop - groups[0].start) for group in groups]
 
     def sum_to(self, tensor: Tensor, owner: int) -> None:
         """In place: the sum over ranks, valid on `owner`."""

@@ -117,7 +117,9 @@ def restore_layer(prefix: str, layer: nn.Module, tensors: Mapping[str, Tensor], 
     for name, linear in layer.named_modules():
         if f"{prefix}.{name}.weight_packed" in tensors:
             assert isinstance(linear, nn.Linear), name
-            about = {key: tensors.get(f"{prefix}.{name}.{key}") for key in ("weight_packed", "weight_scale", "weight_global_scale")}
+            about = {
+                key: tensors.get(f"{prefix}.{name}.{key}") for key in ("weight_packed", "weight_scale", "weight_global_scale")
+            }
             linear.weight.data.copy_(unpack_weight(*about.values(), format).dequantize().to(linear.weight.device))  # type: ignore[arg-type]
 
 

@@ -22,6 +22,7 @@ from ptq.stage import Numbers, Record, Solved, Stage, make_record, share_solved,
 from ptq.token_weights import TokenWeights
 from ptq.watch import watch_linears
 
+
 @dataclass(frozen=True)
 class LayerResult:
     """A finished layer.  `layer` holds the quantized weights.  `batch`: sequences that ran at once; replaying needs the same."""
@@ -69,7 +70,11 @@ def quantize_layers(
     team = team or Team()
     if not batches and config.needs_calibration:
         raise ValueError(f"method {config.method} with scale rule {config.rule} needs calibration tokens")
-    hidden = embed_all(adapter, batches, on_host) if batches else None
+    hidden, sequences = None, 0
+    if batches:
+        device = batches[0].device
+        sequences = round(team.total(sum(len(tokens) for tokens in batches), device))
+        hidden = embed_all(adapter, batches, on_host, team.local_groups(sequences))
     weights = {name: torch.cat(parts) for name, parts in (token_weights or {}).items()}
     for index, (prefix, layer) in enumerate(adapter.layers(range(0 if hidden else finished, len(adapter.names)))):
         index += 0 if hidden else finished
@@ -80,7 +85,7 @@ def quantize_layers(
             stages = stages_of(adapter, prefix, layer, plan)
             batch = hidden.batch if hidden else 0
             with phase("forward"):
-                hessians = collect_hessians(adapter, layer, stages, hidden, weights, team)
+                hessians = collect_hessians(adapter, layer, stages, hidden, weights, team, sequences)
             records, quantized = quantize_stages(stages, hessians, config, team)
             yield LayerResult(index, layer, records, quantized, hidden.batch if hidden else batch)
         if hidden:
@@ -119,14 +124,17 @@ def collect_hessians(
     hidden: Activations | None,
     token_weights: Mapping[str, Tensor],
     team: Team,
+    sequences: int,
 ) -> list[Hessian | None]:
-    """One Hessian per stage from one pass of `hidden` through the layer, summed over the team on the rank that solves it."""
+    """One Hessian per stage from one pass of `hidden` through the layer, summed over the team on the rank that solves it.
+
+    `sequences`: of all ranks.
+    """
     if hidden is None:
         return [None] * len(stages)
-    sequences = round(team.total(len(hidden), hidden.device))
     partial: list[tuple[int, list[Hessian]]] = []  # a tree of sums: two of the same height become one of the next
-    for group in team.groups(sequences):
-        new = 0, collect_group(adapter, layer, stages, hidden, token_weights, group)
+    for groups in [[group] for group in hidden.groups] if team.deterministic else [hidden.groups]:
+        new = 0, collect_groups(adapter, layer, stages, hidden, token_weights, groups)
         while partial and partial[-1][0] == new[0]:
             height, before = partial.pop()
             new = height + 1, [a.merge(b) for a, b in zip(before, new[1], strict=True)]
@@ -140,13 +148,13 @@ def collect_hessians(
     return list(hessians)
 
 
-def collect_group(
+def collect_groups(
     adapter: Adapter,
     layer: nn.Module,
     stages: list[Stage],
     hidden: Activations,
     token_weights: Mapping[str, Tensor],
-    group: slice,
+    groups: list[slice],
 ) -> list[Hessian]:
     firsts = [next(iter(stage.items())) for stage in stages]
     names: dict[nn.Module, str] = {linear: name for name, linear in firsts}
@@ -164,13 +172,15 @@ def collect_group(
             adapter.forward(layer, hidden.load(rows))
 
     restart()
-    each_batch(hidden, "forward", work, within=group, restart=restart)
+    each_batch(hidden, "forward", work, groups=groups, restart=restart)
     return list(hessians.values())
 
 
 def owners_of(stages: list[Stage], team: Team) -> list[int]:
     """The rank that solves each stage.  A factorization costs about as much as a sweep over as many rows as there are columns."""
-    shapes = [(sum(linear.out_features for linear in stage.values()), next(iter(stage.values())).in_features) for stage in stages]
+    shapes = [
+        (sum(linear.out_features for linear in stage.values()), next(iter(stage.values())).in_features) for stage in stages
+    ]
     return assign([(d_out + d_in) * d_in * d_in for d_out, d_in in shapes], team.size)
 
 
@@ -188,7 +198,9 @@ def quantize_stages(
             except ValueError as error:
                 raise type(error)(f"{', '.join(stage)}: {error}") from None
     with phase("communicate"):
-        shared = [share_solved(stage, one, owner, config, team) for stage, one, owner in zip(stages, solved, owners, strict=True)]
+        shared = [
+            share_solved(stage, one, owner, config, team) for stage, one, owner in zip(stages, solved, owners, strict=True)
+        ]
     records: list[Record] = []
     quantized: dict[str, Quantized] = {}
     for stage, (whole, numbers) in zip(stages, shared, strict=True):

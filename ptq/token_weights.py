@@ -33,23 +33,27 @@ def token_weights(
     first: int = 0,
     segment: int = SEGMENT,
     on_host: bool | None = None,
+    groups: Sequence[slice] | None = None,
     progress: Callable[[str], object] = lambda layer: None,
 ) -> TokenWeights:
     """For the first linear of each stage, by full name: one tensor (n, length) float32 per batch, not normalised.
 
     The loss is the sum of next-token negative log likelihoods: of the text itself, or with `seed` of labels sampled from the
     model's own predictions, which makes the weights the Fisher information of its outputs.  `first`: the number of the first
-    sequence, by which labels are drawn.  `segment`: layers whose graph is kept at once, for a `segment`-th of a batch.
+    sequence, by which labels are drawn.  `segment`: layers whose graph is kept at once, for a `segment`-th of a batch;
+    `groups`: sequences that no batch mixes.
     `progress` is called with each layer's name on the way down.
     """
     tokens = torch.cat(list(batches))
     with phase("weigh"), torch.no_grad():
-        hidden = embed_all(adapter, batches, on_host)
+        hidden = embed_all(adapter, batches, on_host, groups)
         starts = list(range(0, len(adapter.names), segment))
         kept = climb(adapter, hidden, starts, on_host)
         weights: dict[str, Tensor] = {}
         stops = [*starts[1:], len(adapter.names)]
-        layers = adapter.layers([i for start, stop in reversed(list(zip(starts, stops, strict=True))) for i in range(start, stop)])
+        layers = adapter.layers(
+            [i for start, stop in reversed(list(zip(starts, stops, strict=True))) for i in range(start, stop)]
+        )
         for start, stop in reversed(list(zip(starts, stops, strict=True))):
             part = list(islice(layers, stop - start))
             inputs = hidden if stop == len(adapter.names) else kept.pop()
@@ -90,7 +94,12 @@ def descend(
 
     With `tokens` the segment is the last, and the gradient of its output is that of the loss.
     """
-    names = {layer.get_submodule(name): f"{prefix}.{stage[0]}" for prefix, layer in part for stage in adapter.stages for name in stage}
+    names = {
+        layer.get_submodule(name): f"{prefix}.{stage[0]}"
+        for prefix, layer in part
+        for stage in adapter.stages
+        for name in stage
+    }
     for name in names.values():
         weights[name] = torch.zeros(hidden.data.shape[:2], device=hidden.device)
 

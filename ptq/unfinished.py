@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ptq
+from ptq.distributed import Team
 from ptq.export import layer_tensors, restore_layer, save_tensors, save_text, shard_name
 from ptq.formats import Format
 from ptq.runner import LayerResult
@@ -32,7 +33,9 @@ def code_version() -> str:
     """Version and hash of the sources that the result depends on."""
     root = Path(ptq.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(path for folder in (root, root / "kernels", root / "models", root / "methods") for path in folder.glob("*.py")):
+    for path in sorted(
+        path for folder in (root, root / "kernels", root / "models", root / "methods") for path in folder.glob("*.py")
+    ):
         digest.update(path.name.encode() + path.read_bytes())
     return f"{ptq.__version__} {digest.hexdigest()[:16]}, torch {torch.__version__}"
 
@@ -59,19 +62,25 @@ def differences(before: dict, after: dict) -> list[str]:
 class Unfinished:
     """The folder beside `output`.  `finished`: how many layers are done, from the first on.
 
-    Raises ValueError where one is there and `resume` is not given, where there is none to resume, where its fingerprint is
-    another (saying what differs), and where another process is at it.
+    With `resume`, what is there is gone on with.  Rank 0 of the team writes, the others read; on several machines they must see
+    the same folder.  Raises ValueError where an unfinished run is there and `resume` is not given, where its fingerprint is another
+    (saying what differs), and where another process is at it.
     """
 
-    def __init__(self, output: Path, about: dict, layers: int, *, resume: bool):
+    def __init__(self, output: Path, about: dict, layers: int, *, resume: bool, team: Team | None = None):
+        team = team or Team()
         self.output, self.layers = output, layers
         self.folder = unfinished_folder(output)
         self.checkpoint = self.folder / "checkpoint"
-        present = (self.folder / "fingerprint.json").is_file()
-        if present and not resume:
+        self._lock: int | None = None
+        if team.rank == 0:
+            self._open(about, resume)
+        self.finished: int = team.exchange(next((n for n in range(layers) if not self._record_path(n).is_file()), layers))[0]
+
+    def _open(self, about: dict, resume: bool) -> None:
+        path = self.folder / "fingerprint.json"
+        if path.is_file() and not resume:
             raise ValueError(f"{self.folder} holds an unfinished run; go on with --resume, or remove it")
-        if resume and not present:
-            raise ValueError(f"--resume: there is no unfinished run in {self.folder}")
         self.checkpoint.mkdir(parents=True, exist_ok=True)
         (self.folder / "layers").mkdir(exist_ok=True)
         self._lock = os.open(self.folder, os.O_RDONLY)
@@ -79,13 +88,13 @@ class Unfinished:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {self.folder}") from None
-        if present:
-            differ = differences(json.loads((self.folder / "fingerprint.json").read_text()), about)
-            if differ:
-                raise ValueError(f"{self.folder} is of another run; {'; '.join(differ)}; remove it, or give what it was begun with")
-        else:
-            save_text(self.folder / "fingerprint.json", json.dumps(about, indent=1) + "\n")
-        self.finished = next((n for n in range(layers) if not self._record_path(n).is_file()), layers)
+        if not path.is_file():
+            save_text(path, json.dumps(about, indent=1) + "\n")
+        differ = differences(json.loads(path.read_text()), about)
+        if differ:
+            raise ValueError(
+                f"{self.folder} is of another run: {'; '.join(differ)}.  Remove it, or give what it was begun with"
+            )
 
     def _record_path(self, index: int) -> Path:
         return self.folder / "layers" / f"{index:05}.json"
@@ -107,7 +116,9 @@ class Unfinished:
 
     def save_weights(self, weights: TokenWeights) -> None:
         """Token weights of all sequences."""
-        save_tensors(self.folder / "token_weights.safetensors", {name: torch.cat(parts).cpu() for name, parts in weights.items()})
+        save_tensors(
+            self.folder / "token_weights.safetensors", {name: torch.cat(parts).cpu() for name, parts in weights.items()}
+        )
 
     def load_weights(self) -> dict[str, Tensor] | None:
         """By name, (sequences, length); None where they were not finished."""
@@ -118,11 +129,14 @@ class Unfinished:
         """The checkpoint becomes the output; nothing else stays."""
         self.checkpoint.rename(self.output)
         shutil.rmtree(self.folder)
-        os.close(self._lock)
 
-    def discard_if_empty(self) -> None:
-        """Removes the folder again where nothing of worth is in it."""
-        if not self.finished and not any((self.folder / "layers").iterdir()) and self.load_weights() is None:
+    def close(self) -> None:
+        """Lets go of the folder, and removes it where nothing of worth is in it."""
+        if self._lock is None:
+            return
+        os.close(self._lock)
+        self._lock = None
+        if self.folder.exists() and not any((self.folder / "layers").iterdir()) and self.load_weights() is None:
             shutil.rmtree(self.folder)
 
     @contextmanager

@@ -11,9 +11,12 @@ report.json.  With --evaluate, the original, RTN with absmax scales and the resu
 import argparse
 import copy
 import json
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,25 +25,29 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import ptq
 from ptq.calibration import all_windows, read_documents, sample_windows
 from ptq.config import QuantConfig
+from ptq.distributed import joined
 from ptq.eval.perplexity import Score, evaluate
-from ptq.export import ReadBackError, check_output, checkpoint_tensors, staged, verify, write_checkpoint
+from ptq.export import DTYPE, ReadBackError, check_output, save_text, verify, write_rest
 from ptq.formats import FORMATS, get_format
+from ptq.job import Job, do_layers
 from ptq.methods import METHODS
 from ptq.models.llama import LlamaAdapter
-from ptq.models.loading import check_fit, load_model, quiet
+from ptq.models.loading import check_fit, load_model, open_model, quiet
 from ptq.plan import make_plan, with_block
-from ptq.runner import CertificateError, Record, quantize_model
+from ptq.runner import quantize_model
 from ptq.scales import RULES
-from ptq.token_weights import TokenWeights, token_weights
+from ptq.stage import CertificateError, Record
+from ptq.unfinished import Unfinished, fingerprint, unfinished_folder
 
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = {"cuda": 16384, "cpu": 4096}
 VERIFY_TOKENS = 128
 SETTINGS = ("format", "method", "scales", "token_weights", "damp", "ignore")
+BYTES_DEPEND_ON = (*SETTINGS, "seed", "dtype", "deterministic")
 SETTINGS += ("calibration", "sequences", "length", "seed", "evaluate", "windows")
 
 
@@ -79,6 +86,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     result.add_argument("--windows", type=int, metavar="N", help="evaluate on the first N windows only")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    machine.add_argument("--resume", action="store_true", help="go on with an unfinished run into --output, if there is one")
+    machine.add_argument(
+        "--batch", type=int, metavar="N", help="sequences that run at once (default: 16384 tokens; 4096 on a CPU)"
+    )
+    machine.add_argument(
+        "--activations",
+        choices=("auto", "device", "host"),
+        default="auto",
+        help="where hidden states are (default: by their size)",
+    )
+    machine.add_argument(
+        "--deterministic", action="store_true", help="the same bits on 1, 2, 4 or 8 ranks (torchrun), at some cost"
+    )
     machine.add_argument(
         "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="to run in (default: as stored)"
     )
@@ -87,7 +107,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         args.sequences = 64 if args.calibration == "builtin" else 128
     args.token_weights = args.token_weights or ("sampled" if args.method == "gptq" else "none")
     args.scales = args.scales or ("joint" if args.method == "gptq" and args.token_weights != "none" else "local")
-    for name in ("sequences", "windows", "length"):
+    args.batch = args.batch or max(1, TOKENS_AT_ONCE.get(args.device.split(":")[0], 4096) // args.length)
+    for name in ("sequences", "windows", "length", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < (2 if name == "length" else 1):
             parser.error(f"--{name} {getattr(args, name)}: too few")
     if args.output is None and args.evaluate is None:
@@ -95,38 +116,125 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> dict:
-    """The whole job; returns the report."""
+def run(args: argparse.Namespace) -> dict | None:
+    """The whole job; returns the report, on ranks other than 0 None."""
     begin = time.perf_counter()
     if args.output:
         check_output(args.output, 0)
-    format = with_block(get_format(args.format), args.block)
-    config = QuantConfig(format, args.method, args.scales, args.damp, tuple(args.ignore))
+    args.device = local_device(args.device)
+    job, tokenizer, held_out, about = prepare(args)
+    size = job.plan.checkpoint_bytes(parameters(job), job.config.format)
+    with destination(args.output) as output, ExitStack() as at_the_end:
+        with joined(job.device, deterministic=args.deterministic) as team:
+            for part, value in about.items():
+                team.check_same({"calibration": "calibration set", "code": "version of the code"}.get(part, part), value)
+            if team.rank == 0 and not unfinished_folder(output).exists():
+                check_output(output, int(1.05 * size) + 2**24)
+            unfinished = Unfinished(output, about, len(job.adapter.names), resume=args.resume, team=team)
+            at_the_end.callback(unfinished.close)
+            with bars(job, hidden=team.rank > 0) as progress:
+                do_layers(job, unfinished, team, progress)
+        if team.rank:
+            return None
+        # One process is enough for the rest, and compressed-tensors would wait for the others if they were still joined.
+        report = finish(args, job, tokenizer, held_out, unfinished)
+        report |= {"bytes": size, "seconds": time.perf_counter() - begin}
+        save_text(unfinished.checkpoint / "report.json", json.dumps(report, indent=1) + "\n")
+        unfinished.finish()
+        return report
+
+
+def prepare(args: argparse.Namespace) -> tuple[Job, PreTrainedTokenizerBase, Tensor | None, dict]:
+    """(what to do, tokenizer, windows to evaluate on, fingerprint); reads no weights of a model in safetensors files."""
+    config = QuantConfig(
+        with_block(get_format(args.format), args.block), args.method, args.scales, args.damp, tuple(args.ignore)
+    )
     texts = {source: read_documents(source) for source in (args.calibration, args.evaluate) if source}
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     with quiet():
-        model, tokenizer = load_model(args.model, dtype=dtype, device=args.device)
-    adapter = LlamaAdapter(model)
+        adapter, tokenizer, files = open_model(args.model, dtype=dtype, device=args.device)
     plan = make_plan(adapter, config)
-    size = plan.checkpoint_bytes(sum(parameter.numel() for parameter in model.parameters()), format)
-    if args.output:
-        check_output(args.output, int(1.05 * size) + 2**24)
+    calibration, held_out = token_windows(args, texts, adapter.model, tokenizer)
+    device = torch.device(args.device)
+    settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {"block": config.format.block, "device": device.type}
+    job = Job(
+        adapter,
+        config,
+        plan,
+        calibration,
+        device,
+        weighing=args.token_weights,
+        seed=args.seed,
+        batch=args.batch,
+        on_host={"auto": None, "device": False, "host": True}[args.activations],
+    )
+    return job, tokenizer, held_out, fingerprint(files, calibration, settings)
 
-    calibration, held_out = token_windows(args, texts, model, tokenizer)
-    originals = {"original": copy.deepcopy(model), "rtn": rounded(copy.deepcopy(model), config)} if args.evaluate else {}
-    batches = calibration.to(args.device).split(max(1, TOKENS_AT_ONCE // args.length))
-    records, packed = quantize(adapter, batches, config, len(plan.linears), weigh(adapter, batches, args))
+
+def local_device(device: str) -> str:
+    """The device of this process among those that torchrun started on the machine."""
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def bars(job: Job, *, hidden: bool) -> Iterator[Callable[[str, str], None]]:
+    """A bar for each kind of work, counting layers; none where nobody watches."""
+    open_bars: dict[str, tqdm] = {}
+
+    def progress(what: str, _layer: str) -> None:
+        if what not in open_bars:
+            open_bars[what] = tqdm(total=len(job.adapter.names), desc=what, unit="layer", disable=True if hidden else None)
+        open_bars[what].update()
+
+    try:
+        yield progress
+    finally:
+        for bar in open_bars.values():
+            bar.close()
+
+
+def parameters(job: Job) -> int:
+    return sum(parameter.numel() for parameter in job.adapter.model.parameters())  # type: ignore[attr-defined]
+
+
+@contextmanager
+def destination(output: Path | None) -> Iterator[Path]:
+    """The output folder; without one, a temporary place for what is only evaluated."""
+    if output:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        yield output.absolute()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "checkpoint"
+
+
+def finish(
+    args: argparse.Namespace, job: Job, tokenizer: PreTrainedTokenizerBase, held_out: Tensor | None, unfinished: Unfinished
+) -> dict:
+    """Writes what is not in a layer, has transformers read all of it back, and compares; returns the report."""
+    folder, config = unfinished.checkpoint, job.config
+    write_rest(folder, job.adapter, tokenizer, config.format, job.plan.ignored)
+    layers = layers_that_fit(job)
+    with quiet():
+        tokens = job.calibration[:1, :VERIFY_TOKENS].to(job.device)
+        difference = verify(folder, job.adapter, tokens, config.format, layers)
+    if difference:
+        raise ReadBackError(f"the checkpoint reads back with logits {difference:.3g} away from the model it was made of")
     label = config.method if config.method == "gptq" or config.rule == "absmax" else f"{config.method}-{config.rule}"
-    scores = score(originals | {label: model}, held_out)
-    originals.clear()
-    report = describe(args, config, size, records, scores)
-    if args.output:
-        with staged(args.output) as folder:
-            write_checkpoint(folder, model, tokenizer, packed, format, plan.ignored)
-            report["reload_max_abs_diff"] = reload_difference(folder, model, calibration)
-            report["seconds"] = time.perf_counter() - begin
-            (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    return report | {"seconds": time.perf_counter() - begin}
+    report = describe(args, config, unfinished.records(), compare(args, config, folder, label, held_out))
+    return report | {"reload_max_abs_diff": difference, "reload_layers": layers}
+
+
+def layers_that_fit(job: Job) -> int:
+    """How many layers, in bfloat16, take no more than half of the memory: all, or enough to see that they read back."""
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if job.device.type == "cuda":
+        room = min(room, torch.cuda.mem_get_info(job.device)[0])
+    size, layers = DTYPE.itemsize * parameters(job), len(job.adapter.names)
+    return layers if size < room / 2 else max(2, int(layers * room / 2 / size))
 
 
 def token_windows(
@@ -142,36 +250,16 @@ def token_windows(
     return calibration, windows[args.evaluate][: args.windows] if args.evaluate else None
 
 
-def describe(args: argparse.Namespace, config: QuantConfig, size: int, records: list[Record], scores: dict[str, Score]) -> dict:
+def describe(args: argparse.Namespace, config: QuantConfig, records: list[Record], scores: dict[str, Score]) -> dict:
     """The report but for what writing adds to it."""
     return {
         "model": args.model,
         "settings": {name: getattr(args, name) for name in SETTINGS} | {"block": config.format.block},
         **{name: asdict(value) for name, value in scores.items()},
-        "bytes": size,
         "linears": [asdict(record) for record in records],
         "versions": {"ptq": ptq.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
     }
-
-
-def weigh(adapter: LlamaAdapter, batches: Sequence[Tensor], args: argparse.Namespace) -> TokenWeights | None:
-    if args.token_weights == "none":
-        return None
-    seed = args.seed if args.token_weights == "sampled" else None
-    return token_weights(adapter, batches, seed=seed, progress=lambda layers: tqdm(layers, "weigh", unit="layer", disable=None))
-
-
-def quantize(
-    adapter: LlamaAdapter, batches: Sequence[Tensor], config: QuantConfig, total: int, weights: TokenWeights | None
-) -> tuple[list[Record], dict[str, Tensor]]:
-    """Quantizes the model behind the adapter, with a progress bar: the records and the checkpoint's tensors."""
-    records, packed = [], {}
-    results = quantize_model(adapter, batches, config, weights)
-    for record, quantized in tqdm(results, "quantize", total, unit="linear", disable=None):
-        records.append(record)
-        packed |= checkpoint_tensors(record.name, quantized)
-    return records, packed
 
 
 def rounded(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
@@ -182,19 +270,21 @@ def rounded(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
     return model
 
 
-def score(models: dict[str, PreTrainedModel], held_out: Tensor | None) -> dict[str, Score]:
+def compare(
+    args: argparse.Namespace, config: QuantConfig, folder: Path, label: str, held_out: Tensor | None
+) -> dict[str, Score]:
+    """Scores of the original, of RTN with absmax scales, and of the checkpoint as transformers loads it."""
     if held_out is None:
         return {}
-    return evaluate(models, tqdm(held_out, "evaluate", unit="window", disable=None))
-
-
-def reload_difference(folder: Path, model: PreTrainedModel, tokens: Tensor) -> float:
-    """What reading the checkpoint back changes, which must be nothing."""
     with quiet():
-        difference = verify(folder, model, tokens[:1, :VERIFY_TOKENS])
-    if difference:
-        raise ReadBackError(f"the checkpoint reads back with logits {difference:.3g} away from the model it was made of")
-    return difference
+        original, _ = load_model(
+            args.model, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype), device=args.device
+        )
+        checkpoint = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE, attn_implementation="sdpa").to(args.device).eval()
+        )
+    models = {"original": original, "rtn": rounded(copy.deepcopy(original), config), label: checkpoint}
+    return evaluate(models, tqdm(held_out, "evaluate", unit="window", disable=None))
 
 
 def table(report: dict) -> str:
@@ -222,10 +312,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    rank = os.environ.get("RANK", "0")
     try:
-        print(table(run(args)))
+        report = run(args)
+        if report is not None:
+            print(table(report))
     except (ValueError, OSError, SafetensorError, CertificateError, ReadBackError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         return 1
     return 0
 

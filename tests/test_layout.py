@@ -46,6 +46,7 @@ RANK = {
     "ptq.runner": 13,
     "ptq.export": 13,
     "ptq.unfinished": 14,
+    "ptq.job": 15,
     "ptq.models.llama": 13,
     "ptq.models.shards": 13,
     "ptq.models.streaming": 14,

@@ -1,0 +1,90 @@
+"""From an opened model to its finished layers: weigh the tokens, quantize, write; as far as an earlier run left it to be done."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq.adapter import Adapter
+from ptq.clock import phase
+from ptq.config import QuantConfig
+from ptq.distributed import Team
+from ptq.plan import Plan
+from ptq.runner import quantize_layers
+from ptq.token_weights import TokenWeights, token_weights
+from ptq.unfinished import Unfinished
+
+
+@dataclass(frozen=True)
+class Job:
+    """`calibration` (sequences, length): of all ranks, on the CPU.  `weighing`: none, text or sampled (ptq.token_weights), `seed`
+    draws its labels.  `batch`: sequences that run at once.  `on_host`: whether hidden states are in host memory; None, by size."""
+
+    adapter: Adapter
+    config: QuantConfig
+    plan: Plan
+    calibration: Tensor
+    device: torch.device
+    weighing: str = "sampled"
+    seed: int = 0
+    batch: int = 8
+    on_host: bool | None = None
+
+
+def do_layers(
+    job: Job, unfinished: Unfinished, team: Team, progress: Callable[[str, str], None] = lambda what, name: None
+) -> None:
+    """All layers are in the unfinished folder afterwards.  progress("weigh" | "quantize", layer) as each is done."""
+    share = team.share(len(job.calibration))
+    batches = job.calibration[share].to(job.device).split(job.batch)
+    weights = weigh(job, batches, share, unfinished, team, progress)
+    names = job.adapter.names
+    layers = quantize_layers(
+        job.adapter,
+        batches,
+        job.config,
+        job.plan,
+        weights,
+        team=team,
+        finished=unfinished.finished,
+        restore=lambda index, layer: unfinished.restore(names[index], index, layer, job.config.format),
+        on_host=job.on_host,
+    )
+    with unfinished.writer() as writer:
+        for done in layers:
+            if team.rank == 0:
+                with phase("write"):
+                    writer.write(names[done.index], done)
+            progress("quantize", names[done.index])
+        with phase("write"):
+            writer.wait()
+
+
+def weigh(
+    job: Job,
+    batches: tuple[Tensor, ...],
+    share: slice,
+    unfinished: Unfinished,
+    team: Team,
+    progress: Callable[[str, str], None],
+) -> TokenWeights | None:
+    """Token weights of this rank's sequences, which a later run finds again."""
+    if job.weighing == "none" or unfinished.finished == len(job.adapter.names):
+        return None
+    kept = team.exchange(unfinished.load_weights() is not None)[0]
+    if kept:
+        return {name: [weights[share].to(job.device)] for name, weights in (unfinished.load_weights() or {}).items()}
+    weights = token_weights(
+        job.adapter,
+        batches,
+        seed=job.seed if job.weighing == "sampled" else None,
+        first=share.start,
+        on_host=job.on_host,
+        groups=team.local_groups(len(job.calibration)),
+        progress=lambda name: progress("weigh", name),
+    )
+    whole = {name: [team.collect(torch.cat(parts), len(job.calibration))] for name, parts in weights.items()}
+    if team.rank == 0:
+        unfinished.save_weights(whole)
+    return weights
