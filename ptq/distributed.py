@@ -118,6 +118,10 @@ def assign(costs: Sequence[float], ranks: int) -> list[int]:
 @contextmanager
 def joined(device: torch.device, *, deterministic: bool = False) -> Iterator[Team]:
     """The team that torchrun started, or this process alone."""
+    if deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield Team(deterministic=deterministic)

@@ -40,7 +40,7 @@ def token_weights(
 
     The loss is the sum of next-token negative log likelihoods: of the text itself, or with `seed` of labels sampled from the
     model's own predictions, which makes the weights the Fisher information of its outputs.  `first`: the number of the first
-    sequence, by which labels are drawn.  `segment`: layers whose graph is kept at once, for a `segment`-th of a batch;
+    sequence, by which labels are drawn.  `segment`: layers whose graph is kept at once, for two `segment`-ths of a batch;
     `groups`: sequences that no batch mixes.
     `progress` is called with each layer's name on the way down.
     """
@@ -124,7 +124,7 @@ def descend(
             (gradient,) = torch.autograd.grad(y, x, gradient)
         hidden.store(rows, gradient)
 
-    each_batch(hidden, "weigh", work, divisor=len(part))
+    each_batch(hidden, "weigh", work, divisor=max(1, len(part) // 2))
 
 
 def loss_gradient(adapter: Adapter, hidden: Tensor, tokens: Tensor, seed: int | None, first: int) -> Tensor:
@@ -144,6 +144,7 @@ def loss_gradient(adapter: Adapter, hidden: Tensor, tokens: Tensor, seed: int | 
             labels = tokens[n : n + 1, start + 1 : stop + 1]
             if generator is not None:
                 labels = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
-            p.scatter_add_(-1, labels[..., None], torch.full_like(p[..., :1], -1.0))
+            positions = torch.arange(labels.numel(), device=p.device)
+            p.flatten(0, -2).index_put_((positions, labels.flatten()), p.new_tensor(-1.0), accumulate=True)
             result[n, start:stop] = torch.autograd.grad(logits, x, p.to(logits.dtype))[0][0]
     return result

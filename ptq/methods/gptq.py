@@ -17,6 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ptq.clock import phase
 from ptq.formats import E2M1, Format
 from ptq.hessian import damped, inverse_factor
 from ptq.kernels import panel as kernels
@@ -48,8 +49,10 @@ def gptq(
     W = W if W.dtype == torch.float64 else W.float()
     order = visit_order(H, format.block) if block_order else torch.arange(H.shape[0], device=W.device)
     x, A = (W / tensor_scale)[:, order], damped(H, damp).to(W.dtype)[order][:, order]
+    with phase("factorization"):
+        U = inverse_factor(A)
     run = kernels.sweep if x.is_cuda and format.elements is E2M1 and x.dtype == torch.float32 else sweep
-    q, scales, row_loss = run(x, A, inverse_factor(A), format, rule, max(format.block, panel // format.block * format.block))
+    q, scales, row_loss = run(x, A, U, format, rule, max(format.block, panel // format.block * format.block))
 
     undo = order.argsort()
     blocks = rearrange(undo, "(b k) -> b k", k=format.block)[:, 0] // format.block

@@ -1,0 +1,135 @@
+#!/usr/bin/env python
+"""Time the quantization of a whole model of a given shape, with random weights made on the device.
+
+    python scripts/bench_model.py --shape Llama-3.1-8B --commit abc1234
+    torchrun --nproc-per-node 2 scripts/bench_model.py --shape Llama-3.1-8B --commit abc1234
+
+Layers are written to a temporary folder as in a real run.  A short run of one layer goes before, so that no kernel is compiled
+on the clock.  Rows are appended to benchmarks/models.csv; phases are exclusive, on the GPU's clock of rank 0.
+"""
+
+import argparse
+import csv
+import os
+import resource
+import sys
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import LlamaConfig
+
+from ptq.clock import Clock, timed
+from ptq.config import QuantConfig
+from ptq.distributed import Team, joined
+from ptq.estimate import floor_seconds, operations, shape_of
+from ptq.formats import get_format
+from ptq.job import Job, do_layers
+from ptq.models.random import SHAPES, random_adapter, shape_config
+from ptq.plan import make_plan
+from ptq.unfinished import Unfinished
+
+PHASES = ("load", "weigh", "forward", "hessian", "factorization", "sweep", "report", "write", "communicate")
+FIELDS = (
+    *("shape", "gpus", "method", "scales", "token_weights", "layers", "sequences", "length", "batch", "deterministic"),
+    *("seconds_total", *(f"{phase}_s" for phase in PHASES), "peak_gpu_gb", "peak_host_gb", "floor_seconds", "tflops"),
+    *("gpu", "commit"),
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--layers", type=int, help="only the first N layers")
+    parser.add_argument("--format", default="nvfp4")
+    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--scales", default="joint")
+    parser.add_argument("--token-weights", choices=("none", "text", "sampled"), default="sampled")
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--batch", type=int, help="sequences at once (default: 16384 tokens)")
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", type=Path, default=Path("benchmarks/models.csv"))
+    parser.add_argument("--commit", required=True, help="recorded in the CSV")
+    args = parser.parse_args()
+    args.batch = args.batch or max(1, 16384 // args.length)
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(args.device)
+    return args
+
+
+def make_job(args: argparse.Namespace, config: LlamaConfig, sequences: int) -> Job:
+    device = torch.device(args.device)
+    adapter = random_adapter(config, device)
+    quantization = QuantConfig(get_format(args.format), args.method, args.scales)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.vocab_size, (sequences, args.length), generator=generator)
+    plan = make_plan(adapter, quantization)
+    return Job(adapter, quantization, plan, tokens, device, weighing=args.token_weights, batch=args.batch)
+
+
+def run(job: Job, team: Team, folder: Path) -> None:
+    with closing(Unfinished(folder / "out", {}, len(job.adapter.names), resume=False, team=team)) as unfinished:
+        do_layers(job, unfinished, team)
+
+
+def measure(args: argparse.Namespace, team: Team) -> dict:
+    """A row of the CSV."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(team.exchange(folder)[0])
+        run(make_job(args, shape_config(args.shape, 1), 8 * team.size), team, place / "short")
+        job = make_job(args, shape_config(args.shape, args.layers), args.sequences)
+        on_gpu = job.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        team.exchange(None)
+        clock = Clock(job.device)
+        begin = time.perf_counter()
+        with timed(clock):
+            run(job, team, place / "whole")
+        if on_gpu:
+            torch.cuda.synchronize()
+        team.exchange(None)
+        total = time.perf_counter() - begin
+    shape = shape_of(job.plan, job.adapter, args.sequences, args.length, job.config, job.weighing)
+    return {
+        "seconds_total": round(total, 2),
+        **{f"{name}_s": round(seconds, 3) for name, seconds in clock.seconds().items()},
+        "peak_gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if on_gpu else "",
+        "peak_host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        "floor_seconds": round(floor_seconds(shape) / team.size, 2),
+        "tflops": round(sum(operations(shape).values()) / total / 1e12, 1),
+        "layers": len(job.adapter.names),
+    }
+
+
+def main() -> int:
+    args = parse_arguments()
+    transformers.utils.logging.set_verbosity_error()
+    with joined(torch.device(args.device), deterministic=args.deterministic) as team:
+        row = measure(args, team)
+    if team.rank:
+        return 0
+    row |= {
+        name: getattr(args, name) for name in ("shape", "method", "scales", "token_weights", "sequences", "length", "batch")
+    }
+    row |= {"deterministic": args.deterministic, "gpus": team.size, "commit": args.commit}
+    row["gpu"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
+    fresh = not args.csv.exists()
+    with args.csv.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+    print("  ".join(f"{name} {row.get(name, '')}" for name in FIELDS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
