@@ -61,9 +61,9 @@ SCHEMES = {
 
 
 def checkpoint_tensors(name: str, quantized: Quantized) -> dict[str, Tensor]:
-    """What the checkpoint stores for the linear `name`, on the CPU."""
+    """What the checkpoint stores for the linear `name`, on the weight's device."""
     tensors = SCHEMES[quantized.format.scheme][0](quantized)
-    return {f"{name}.{key}": tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    return {f"{name}.{key}": tensor.contiguous() for key, tensor in tensors.items()}
 
 
 def quantization_config(format: Format, ignored: tuple[str, ...]) -> dict:
@@ -98,7 +98,7 @@ def shard_name(index: int, layers: int) -> str:
 
 
 def layer_tensors(prefix: str, layer: nn.Module, quantized: Mapping[str, Quantized]) -> dict[str, Tensor]:
-    """What the checkpoint stores of a layer, on the CPU: the quantized linears packed, all else in bfloat16."""
+    """What the checkpoint stores of a layer, on its device: the quantized linears packed, all else in bfloat16."""
     tensors: dict[str, Tensor] = {}
     for name, weight in quantized.items():
         tensors |= checkpoint_tensors(name, weight)
@@ -109,7 +109,7 @@ def layer_tensors(prefix: str, layer: nn.Module, quantized: Mapping[str, Quantiz
 
 
 def stored(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", DTYPE if tensor.is_floating_point() else tensor.dtype).contiguous()
+    return tensor.detach().to(DTYPE if tensor.is_floating_point() else tensor.dtype)
 
 
 def restore_layer(prefix: str, layer: nn.Module, tensors: Mapping[str, Tensor], format: Format) -> None:
@@ -150,7 +150,8 @@ def save_durably(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_durably(path, lambda temporary: save_file(dict(tensors), temporary, metadata={"format": "pt"}))
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_durably(path, lambda temporary: save_file(on_cpu, temporary, metadata={"format": "pt"}))
 
 
 def save_text(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from ptq.packing import Quantized
 from ptq.plan import Plan, make_plan
 from ptq.stage import Numbers, Record, Solved, Stage, make_record, share_solved, solve_stage
 from ptq.token_weights import TokenWeights
-from ptq.watch import watch_linears
+from ptq.watch import watch_inputs
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def collect_hessians(
 
     `sequences`: of all ranks.
     """
-    if hidden is None:
+    if hidden is None or not stages:
         return [None] * len(stages)
     partial: list[tuple[int, list[Hessian]]] = []  # a tree of sums: two of the same height become one of the next
     for groups in [[group] for group in hidden.groups] if team.deterministic else [hidden.groups]:
@@ -164,11 +164,11 @@ def collect_groups(
         hessians.update({linear: Hessian(linear.in_features, device=linear.weight.device) for _, linear in firsts})
 
     def work(rows: slice) -> None:
-        def see(linear: nn.Module, x: Tensor, _y: Tensor) -> None:
+        def see(linear: nn.Module, x: Tensor) -> None:
             with phase("hessian"):
                 hessians[linear].add(x, token_weights[names[linear]][rows] if token_weights else None)
 
-        with watch_linears(names, see):
+        with watch_inputs(names, see, last=firsts[-1][1]):
             adapter.forward(layer, hidden.load(rows))
 
     restart()
@@ -176,11 +176,13 @@ def collect_groups(
     return list(hessians.values())
 
 
+def first_of(stage: Stage) -> nn.Linear:
+    return next(iter(stage.values()))
+
+
 def owners_of(stages: list[Stage], team: Team) -> list[int]:
     """The rank that solves each stage.  A factorization costs about as much as a sweep over as many rows as there are columns."""
-    shapes = [
-        (sum(linear.out_features for linear in stage.values()), next(iter(stage.values())).in_features) for stage in stages
-    ]
+    shapes = [(sum(linear.out_features for linear in stage.values()), first_of(stage).in_features) for stage in stages]
     return assign([(d_out + d_in) * d_in * d_in for d_out, d_in in shapes], team.size)
 
 
@@ -197,6 +199,12 @@ def quantize_stages(
                 solved[i] = solve_stage(stage, hessian, config)
             except ValueError as error:
                 raise type(error)(f"{', '.join(stage)}: {error}") from None
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+                raise torch.OutOfMemoryError(
+                    f"out of memory in phase 'solve' of {', '.join(stage)}, for matrices of {first_of(stage).in_features}²; set "
+                    f"--activations host, or leave this stage to more memory with --ignore ({reason})"
+                ) from error
     with phase("communicate"):
         shared = [
             share_solved(stage, one, owner, config, team) for stage, one, owner in zip(stages, solved, owners, strict=True)

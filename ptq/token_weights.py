@@ -145,6 +145,6 @@ def loss_gradient(adapter: Adapter, hidden: Tensor, tokens: Tensor, seed: int | 
             if generator is not None:
                 labels = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
             positions = torch.arange(labels.numel(), device=p.device)
-            p.flatten(0, -2).index_put_((positions, labels.flatten()), p.new_tensor(-1.0), accumulate=True)
+            p.flatten(0, -2).index_put_((positions, labels.flatten()), -torch.ones((), device=p.device), accumulate=True)
             result[n, start:stop] = torch.autograd.grad(logits, x, p.to(logits.dtype))[0][0]
     return result

@@ -149,7 +149,7 @@ class Unfinished:
 
 
 class LayerWriter:
-    """At most one layer waits to be written."""
+    """Copies a layer to the CPU and writes it in another thread; at most one waits."""
 
     def __init__(self, unfinished: Unfinished, pool: ThreadPoolExecutor):
         self._unfinished, self._pool = unfinished, pool
@@ -158,8 +158,20 @@ class LayerWriter:
     def write(self, prefix: str, done: LayerResult) -> None:
         """Raises what writing the layer before raised."""
         tensors = layer_tensors(prefix, done.layer, done.quantized)
+        ready = torch.cuda.Event() if next(iter(tensors.values())).is_cuda else None
+        if ready is not None:
+            ready.record()
         self.wait()
-        self._last = self._pool.submit(self._unfinished.write_layer, prefix, done.index, tensors, done.records, done.batch)
+        self._last = self._pool.submit(self._write, prefix, done, tensors, ready)
+
+    def _write(self, prefix: str, done: LayerResult, tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> None:
+        if ready is not None:  # this thread's copies go beside the work that the other one has queued meanwhile
+            device = next(iter(tensors.values())).device
+            stream = torch.cuda.Stream(device)
+            stream.wait_event(ready)
+            with torch.cuda.stream(stream):
+                tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        self._unfinished.write_layer(prefix, done.index, tensors, done.records, done.batch)
 
     def wait(self) -> None:
         if self._last is not None:

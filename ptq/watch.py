@@ -1,9 +1,13 @@
 """The only hooks in this library."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch import Tensor, nn
+
+
+class SeenEnough(Exception):
+    """Ends a forward pass whose rest nobody needs."""
 
 
 @contextmanager
@@ -16,6 +20,25 @@ def watch_linears(linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor
     handles = [linear.register_forward_hook(hook) for linear in linears]
     try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watch_inputs(linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor], None], last: nn.Module) -> Iterator[None]:
+    """Calls see(linear, x) with the input x of each linear before it runs.  The forward pass ends, and the block is left, when
+    `last` has been seen: its own product is not computed."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        see(module, args[0])
+        if module is last:
+            raise SeenEnough
+
+    handles = [linear.register_forward_pre_hook(hook) for linear in linears]
+    try:
+        with suppress(SeenEnough):
+            yield
     finally:
         for handle in handles:
             handle.remove()

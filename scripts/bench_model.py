@@ -10,11 +10,13 @@ on the clock.  Rows are appended to benchmarks/models.csv; phases are exclusive,
 
 import argparse
 import csv
+import hashlib
 import os
 import resource
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import closing
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import torch
 import transformers
 from transformers import LlamaConfig
 
+from ptq.activations import default_batch
 from ptq.clock import Clock, timed
 from ptq.config import QuantConfig
 from ptq.distributed import Team, joined
@@ -50,16 +53,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--token-weights", choices=("none", "text", "sampled"), default="sampled")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--batch", type=int, help="sequences at once (default: 16384 tokens)")
+    parser.add_argument("--batch", type=int, help="sequences at once (default: by the width)")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, default=Path("benchmarks/models.csv"))
+    parser.add_argument("--digest", action="store_true", help="print a hash of all layers' files")
     parser.add_argument("--commit", required=True, help="recorded in the CSV")
     args = parser.parse_args()
-    args.batch = args.batch or max(1, 16384 // args.length)
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(args.device)
+    args.batch = args.batch or default_batch(shape_config(args.shape).hidden_size, args.length, torch.device(args.device))
     return args
 
 
@@ -97,6 +101,9 @@ def measure(args: argparse.Namespace, team: Team) -> dict:
             torch.cuda.synchronize()
         team.exchange(None)
         total = time.perf_counter() - begin
+        if args.digest and team.rank == 0:
+            files = sorted((place / "whole").glob("**/*.safetensors"))
+            print(hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest())
     shape = shape_of(job.plan, job.adapter, args.sequences, args.length, job.config, job.weighing)
     return {
         "seconds_total": round(total, 2),
@@ -112,6 +119,7 @@ def measure(args: argparse.Namespace, team: Team) -> dict:
 def main() -> int:
     args = parse_arguments()
     transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # of every first backward pass
     with joined(torch.device(args.device), deterministic=args.deterministic) as team:
         row = measure(args, team)
     if team.rank:
