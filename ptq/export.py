@@ -117,16 +117,26 @@ def restore_layer(prefix: str, layer: nn.Module, tensors: Mapping[str, Tensor], 
     for name, linear in layer.named_modules():
         if f"{prefix}.{name}.weight_packed" in tensors:
             assert isinstance(linear, nn.Linear), name
-            about = {
-                key: tensors.get(f"{prefix}.{name}.{key}") for key in ("weight_packed", "weight_scale", "weight_global_scale")
-            }
-            linear.weight.data.copy_(unpack_weight(*about.values(), format).dequantize().to(linear.weight.device))  # type: ignore[arg-type]
+            linear.weight.data.copy_(stored_weight(f"{prefix}.{name}", tensors, format).dequantize())
 
 
-def unpack_weight(packed: Tensor, scale: Tensor, global_scale: Tensor | None, format: Format) -> Quantized:
+def check_layer(path: Path, prefix: str, layer: nn.Module, format: Format) -> None:
+    """Raises ReadBackError where the file of a layer does not give back, bit for bit, the weights that the layer holds."""
+    tensors = load_file(path, device=str(next(layer.parameters()).device))
+    for name, linear in layer.named_modules():
+        full = f"{prefix}.{name}"
+        if f"{full}.weight_packed" in tensors:
+            assert isinstance(linear, nn.Linear), name
+            if not torch.equal(stored_weight(full, tensors, format).dequantize().to(linear.weight.dtype), linear.weight):
+                raise ReadBackError(f"{path} does not read back as written: {full} differs; is the disk sound?")
+
+
+def stored_weight(name: str, tensors: Mapping[str, Tensor], format: Format) -> Quantized:
     """The inverse of `checkpoint_tensors`; exact, since a tensor_scale is a power of two."""
+    packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"]
+    divisor = tensors.get(f"{name}.weight_global_scale")
     scales = decode_scales(scale, format.grid) if scale.dtype == torch.uint8 else scale.float()
-    tensor_scale = torch.ones(()) if global_scale is None else 1 / global_scale[0]
+    tensor_scale = torch.ones((), device=packed.device) if divisor is None else 1 / divisor[0]
     return Quantized(unpack(packed.view(torch.uint8)), scales, tensor_scale, format)
 
 

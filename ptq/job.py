@@ -51,7 +51,7 @@ def do_layers(
         restore=lambda index, layer: unfinished.restore(names[index], index, layer, job.config.format),
         on_host=job.on_host,
     )
-    with unfinished.writer() as writer:
+    with unfinished.writer(job.config.format) as writer:
         for done in layers:
             if team.rank == 0:
                 with phase("write"):

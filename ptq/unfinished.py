@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import ptq
 from ptq.distributed import Team
-from ptq.export import layer_tensors, restore_layer, save_tensors, save_text, shard_name
+from ptq.export import check_layer, layer_tensors, restore_layer, save_tensors, save_text, shard_name
 from ptq.formats import Format
 from ptq.runner import LayerResult
 from ptq.stage import Record
@@ -74,7 +74,11 @@ class Unfinished:
         self.checkpoint = self.folder / "checkpoint"
         self._lock: int | None = None
         if team.rank == 0:
-            self._open(about, resume)
+            try:
+                self._open(about, resume)
+            except ValueError:
+                self._unlock()
+                raise
         self.finished: int = team.exchange(next((n for n in range(layers) if not self._record_path(n).is_file()), layers))[0]
 
     def _open(self, about: dict, resume: bool) -> None:
@@ -96,13 +100,23 @@ class Unfinished:
                 f"{self.folder} is of another run: {'; '.join(differ)}.  Remove it, or give what it was begun with"
             )
 
+    def _unlock(self) -> bool:
+        """Whether it was locked."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
+        return lock is not None
+
     def _record_path(self, index: int) -> Path:
         return self.folder / "layers" / f"{index:05}.json"
 
-    def write_layer(self, prefix: str, index: int, tensors: Mapping[str, Tensor], records: list[Record], batch: int) -> None:
-        save_tensors(self.checkpoint / shard_name(index, self.layers), tensors)
-        about = {"layer": prefix, "batch": batch, "records": [asdict(record) for record in records]}
-        save_text(self._record_path(index), json.dumps(about) + "\n")
+    def write_layer(self, prefix: str, done: LayerResult, tensors: Mapping[str, Tensor], format: Format) -> None:
+        """Stores a layer for good.  Raises ReadBackError where its file does not read back as the layer."""
+        path = self.checkpoint / shard_name(done.index, self.layers)
+        save_tensors(path, tensors)
+        check_layer(path, prefix, done.layer, format)
+        about = {"layer": prefix, "batch": done.batch, "records": [asdict(record) for record in done.records]}
+        save_text(self._record_path(done.index), json.dumps(about) + "\n")
 
     def restore(self, prefix: str, index: int, layer: nn.Module, format: Format) -> int:
         """Makes a layer of the original what it was after it had been finished; returns the batch it ran with."""
@@ -132,27 +146,28 @@ class Unfinished:
 
     def close(self) -> None:
         """Lets go of the folder, and removes it where nothing of worth is in it."""
-        if self._lock is None:
-            return
-        os.close(self._lock)
-        self._lock = None
-        if self.folder.exists() and not any((self.folder / "layers").iterdir()) and self.load_weights() is None:
+        if (
+            self._unlock()
+            and self.folder.exists()
+            and not any((self.folder / "layers").iterdir())
+            and self.load_weights() is None
+        ):
             shutil.rmtree(self.folder)
 
     @contextmanager
-    def writer(self) -> Iterator["LayerWriter"]:
+    def writer(self, format: Format) -> Iterator["LayerWriter"]:
         """Writes layers while the next ones are worked on; all are on the disk when the block is left."""
         with ThreadPoolExecutor(1) as pool:
-            writer = LayerWriter(self, pool)
+            writer = LayerWriter(self, pool, format)
             yield writer
             writer.wait()
 
 
 class LayerWriter:
-    """Copies a layer to the CPU and writes it in another thread; at most one waits."""
+    """Writes a layer in another thread; at most one waits."""
 
-    def __init__(self, unfinished: Unfinished, pool: ThreadPoolExecutor):
-        self._unfinished, self._pool = unfinished, pool
+    def __init__(self, unfinished: Unfinished, pool: ThreadPoolExecutor, format: Format):
+        self._unfinished, self._pool, self._format = unfinished, pool, format
         self._last: Future | None = None
 
     def write(self, prefix: str, done: LayerResult) -> None:
@@ -165,13 +180,14 @@ class LayerWriter:
         self._last = self._pool.submit(self._write, prefix, done, tensors, ready)
 
     def _write(self, prefix: str, done: LayerResult, tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> None:
-        if ready is not None:  # this thread's copies go beside the work that the other one has queued meanwhile
-            device = next(iter(tensors.values())).device
-            stream = torch.cuda.Stream(device)
-            stream.wait_event(ready)
-            with torch.cuda.stream(stream):
-                tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-        self._unfinished.write_layer(prefix, done.index, tensors, done.records, done.batch)
+        if ready is None:
+            self._unfinished.write_layer(prefix, done, tensors, self._format)
+            return
+        # Copies and comparison go beside the work that the other thread has queued meanwhile.
+        stream = torch.cuda.Stream(next(iter(tensors.values())).device)
+        stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            self._unfinished.write_layer(prefix, done, tensors, self._format)
 
     def wait(self) -> None:
         if self._last is not None:

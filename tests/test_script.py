@@ -128,20 +128,6 @@ def test_a_truncated_checkpoint_is_named(main, job, capsys):
     assert not output.exists()
 
 
-def test_an_interrupted_write_leaves_nothing(main, job, capsys, monkeypatch):
-    """The disk fills up while the tokenizer, the last thing, is written."""
-    from transformers import PreTrainedTokenizerBase
-
-    *_, output, arguments = job
-
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
-    assert "No space left on device" in one_line_error(main, arguments, capsys)
-    assert not output.exists() and not list(output.parent.glob(".out-*"))
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -193,20 +179,22 @@ def test_smollm2_loads_from_gguf_and_reads_back(tmp_path: Path):
     """The first two layers of a real model, real text, real checkpoint."""
     from ptq.calibration import all_windows, read_documents
     from ptq.config import QuantConfig
-    from ptq.export import checkpoint_tensors, verify, write_checkpoint
+    from ptq.export import layer_tensors, save_tensors, shard_name, verify, write_rest
     from ptq.formats import NVFP4
     from ptq.models.llama import LlamaAdapter
     from ptq.models.loading import load_model
-    from ptq.runner import quantize_model
+    from ptq.plan import make_plan
+    from ptq.runner import quantize_layers
 
     model, tokenizer = load_model(str(SMOLLM2))
     del model.model.layers[2:]
     model.config.num_hidden_layers, model.config.layer_types = 2, None
     text = " ".join(read_documents("builtin"))[:20_000]
     windows = all_windows(lambda text: tokenizer(text)["input_ids"], [text], 256, "builtin")[:8]  # type: ignore[arg-type]
-    packed = {}
-    for record, quantized in quantize_model(LlamaAdapter(model), windows.split(4), QuantConfig(NVFP4, "gptq", "mse")):
-        assert record.error is not None and record.rtn_error is not None and record.error < record.rtn_error
-        packed |= checkpoint_tensors(record.name, quantized)
-    write_checkpoint(tmp_path, model, tokenizer, packed, NVFP4)
-    assert verify(tmp_path, model, windows[:1, :64]) == 0
+    adapter, config = LlamaAdapter(model), QuantConfig(NVFP4, "gptq", "mse")
+    for done in quantize_layers(adapter, windows.split(4), config, make_plan(adapter, config)):
+        assert all(r.error is not None and r.rtn_error is not None and r.error < r.rtn_error for r in done.records)
+        tensors = layer_tensors(adapter.names[done.index], done.layer, done.quantized)
+        save_tensors(tmp_path / shard_name(done.index, 2), tensors)
+    write_rest(tmp_path, adapter, tokenizer, NVFP4)
+    assert verify(tmp_path, adapter, windows[:1, :64], NVFP4) == 0

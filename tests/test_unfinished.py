@@ -1,0 +1,131 @@
+"""Unfinished runs: killed, out of disk, gone on with; and the same bytes whichever way they came about."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptq.config import QuantConfig
+from ptq.distributed import Team
+from ptq.export import write_rest
+from ptq.job import Job, do_layers
+from ptq.models.llama import LlamaAdapter
+from ptq.models.loading import load_model, open_model
+from ptq.plan import make_plan
+from ptq.unfinished import Unfinished, differences, fingerprint, unfinished_folder
+
+from .conftest import ROOT
+from .test_script import main  # noqa: F401  # a fixture
+from .tiny import TEXT, save_tiny
+
+TOKENS = torch.randint(0, 28, (8, 32), generator=torch.Generator().manual_seed(6))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "report.json"}
+
+
+def quantize(adapter, tokenizer, output: Path) -> None:
+    config = QuantConfig(rule="joint")
+    job = Job(adapter, config, make_plan(adapter, config), TOKENS, torch.device("cpu"), batch=3)
+    unfinished = Unfinished(output, {}, len(adapter.names), resume=False)
+    do_layers(job, unfinished, Team())
+    write_rest(unfinished.checkpoint, adapter, tokenizer, config.format)
+    unfinished.finish()
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_streamed_model_gives_the_bytes_of_one_in_memory(tmp_path, dtype, changes):
+    save_tiny(tmp_path / "model", dtype=dtype, num_hidden_layers=3, **changes)
+    adapter, tokenizer, _ = open_model(str(tmp_path / "model"))
+    quantize(adapter, tokenizer, tmp_path / "streamed")
+    model, tokenizer = load_model(str(tmp_path / "model"))
+    quantize(LlamaAdapter(model), tokenizer, tmp_path / "whole")
+    assert all(parameter.is_meta for parameter in adapter.model.parameters())
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "whole")
+
+
+@pytest.fixture
+def job(tmp_path) -> list[str]:
+    save_tiny(tmp_path / "model", num_hidden_layers=3)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return [str(tmp_path / "model"), "--calibration", str(tmp_path / "text.txt"), "--sequences", "8", "--length", "32"]
+
+
+def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path, job):
+    """Three kills here; CONTRIBUTING.md has the command for more."""
+    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), "3", "0", str(tmp_path), *job, "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] == 3
+
+
+def test_an_unfinished_run_is_offered_and_one_of_other_settings_is_refused(main, tmp_path, job, capsys, monkeypatch):  # noqa: F811
+    """The run stops when nearly all is done: while the tokenizer is written."""
+    from transformers import PreTrainedTokenizerBase
+
+    output = tmp_path / "out"
+    arguments = [*job, "--device", "cpu", "--output", str(output)]
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+        assert main(arguments) == 1
+    assert not output.exists() and unfinished_folder(output).is_dir()
+    assert main(arguments) == 1
+    assert f"{unfinished_folder(output)} holds an unfinished run; go on with --resume" in capsys.readouterr().err
+    assert main([*arguments, "--resume", "--seed", "1"]) == 1
+    refused = capsys.readouterr().err
+    assert "settings: seed was 0 and is 1" in refused and "calibration: sha256 was" in refused
+    assert main([*arguments, "--resume"]) == 0
+    assert output.is_dir() and not unfinished_folder(output).exists()
+    assert main([*arguments[:-1], str(tmp_path / "again")]) == 0
+    assert contents(output) == contents(tmp_path / "again")
+
+
+def test_what_differs_is_said():
+    about = fingerprint({"a.safetensors": [10, "x"]}, TOKENS, {"method": "gptq"})
+    other = fingerprint({"a.safetensors": [11, "x"]}, TOKENS, {"method": "rtn"})
+    assert differences(about, about) == []
+    assert differences(about, other) == [
+        "model: a.safetensors was [10, 'x'] and is [11, 'x']",
+        "settings: method was gptq and is rtn",
+    ]
+
+
+def test_two_processes_cannot_write_to_one_output(tmp_path):
+    first = Unfinished(tmp_path / "out", {}, 2, resume=False)
+    with pytest.raises(ValueError, match="another process is writing"):
+        Unfinished(tmp_path / "out", {}, 2, resume=True)
+    first.close()
+    assert not unfinished_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+def test_a_full_disk_ends_the_run_and_a_larger_one_goes_on(main, tmp_path, job, capsys, monkeypatch):  # noqa: F811
+    """A real file system fills up after two layers; the check that would have refused it at once is left out."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    monkeypatch.setitem(main.__globals__, "check_output", lambda *_: None)
+    arguments = [*job, "--device", "cpu", "--output"]
+    try:
+        assert main([*arguments, str(disk / "out")]) == 1
+        assert "No space left" in capsys.readouterr().err
+        finished = len(list(unfinished_folder(disk / "out").glob("layers/*.json")))
+        assert 0 < finished < 3 and not list(disk.glob("**/*.part"))
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        assert main([*arguments, str(disk / "out"), "--resume"]) == 0
+        assert main([*arguments, str(tmp_path / "other")]) == 0
+        assert contents(disk / "out") == contents(tmp_path / "other")
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
