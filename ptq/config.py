@@ -7,7 +7,6 @@ from ptq.formats import NVFP4, Format
 from ptq.methods import METHODS
 from ptq.scales import RULES
 
-
 # What GPTQ does unless told otherwise: each lowers KL and takes longer (docs/accuracy.md has the numbers).
 EFFORTS: dict[str, dict] = {
     "fast": {"scales": "local", "token_weights": "none", "drift": 0.0, "row_feedback": False},
@@ -20,8 +19,8 @@ EFFORTS: dict[str, dict] = {
 class QuantConfig:
     """`rule`: how block scales are chosen.  `damp`: relative to mean(diag H).  `ignore`: linears left alone, by full name or by
     `re:PATTERN` matched from the start of the name.  `drift`: how much of what earlier layers lost each linear makes good
-    (ptq.drift), 0 to 1, against a ridge of `ridge` · mean(diag H).  `row_feedback`: rounding
-    errors are fed forward over rows too, for which gptq needs the curvature of the loss (ptq.token_weights).  Raises ValueError for settings that do not fit."""
+    (ptq.drift), 0 to 1, against a ridge of `ridge` · mean(diag H).  `row_feedback`: rounding errors are fed forward over rows
+    too, for which gptq needs the curvature of the loss (ptq.token_weights).  Raises ValueError for settings that do not fit."""
 
     format: Format = NVFP4
     method: str = "gptq"

@@ -82,7 +82,9 @@ def quantize_layers(
     if not batches and config.needs_calibration:
         raise ValueError(f"method {config.method} with scale rule {config.rule} needs calibration tokens")
     if config.row_feedback and curvature is None:
-        raise ValueError("row feedback needs the curvature of the loss in every linear's outputs; give what token_weights leaves")
+        raise ValueError(
+            "row feedback needs the curvature of the loss in every linear's outputs; give what token_weights leaves"
+        )
     hidden, unquantized, sequences = None, None, 0
     if batches:
         device = batches[0].device

@@ -35,8 +35,9 @@ class Record:
     """What happened to one linear.
 
     `error`: ‖(W - Q) X‖ / ‖W X‖ on the calibration tokens, weighted as H is, or ‖(T - Q) X‖ / ‖W X‖ where drift moved W to T;
-    `rtn_error` the same for RTN of W with absmax scales; None without calibration.  `certificate`: relative difference of the two sides of the loss identity (gptq only).
-    `moved_scales`: share of the blocks whose scale is another than the absmax one.  `dead_inputs`: columns no token reached.  `seconds`: this linear's share, by rows, of its stage.
+    `rtn_error` the same for RTN of W with absmax scales; None without calibration.  `certificate`: relative difference of the
+    two sides of the loss identity (gptq only).  `moved_scales`: share of the blocks whose scale is not the absmax one.
+    `dead_inputs`: columns no token reached.  `seconds`: this linear's share, by rows, of its stage.
     `held_out_error`: of its outputs against the original model's (ptq.held_out).
     """
 
@@ -84,9 +85,7 @@ class Solved:
     end: Moment
 
 
-def solve_stage(
-    stage: Stage, sums: Sums | None, config: QuantConfig, curvature: Mapping[str, Tensor] | None = None
-) -> Solved:
+def solve_stage(stage: Stage, sums: Sums | None, config: QuantConfig, curvature: Mapping[str, Tensor] | None = None) -> Solved:
     """Quantizes the linears of one stage as one matrix: they share H, U and, as serving engines fuse them, tensor_scale.
 
     The sums are used up.  With row feedback each linear is solved with its own `curvature`.
@@ -101,7 +100,9 @@ def solve_stage(
             T = sums.drift.target(W, H, sums.hessian.weight, strength=config.drift, ridge=config.ridge)
     tensor_scale = choose_tensor_scale(T, config.format)
     with phase("sweep"):
-        how = partial(METHODS[config.method], format=config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp)
+        how = partial(
+            METHODS[config.method], format=config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp
+        )
         if config.row_feedback:
             assert curvature is not None
             parts = zip(T.split(sizes), stage, strict=True)
@@ -121,9 +122,7 @@ def solve_stage(
     return Solved(solution.quantized, torch.stack([*totals, *constants], 1), begin, now(device))
 
 
-def output_energies(
-    W: Tensor, T: Tensor, H: Tensor, solution: Solution, baseline: Tensor, config: QuantConfig
-) -> list[Tensor]:
+def output_energies(W: Tensor, T: Tensor, H: Tensor, solution: Solution, baseline: Tensor, config: QuantConfig) -> list[Tensor]:
     """Of W, of the error of T, and of the error of the baseline: mean over tokens of (row · x)², each (d_out,) float64."""
     error = T - solution.quantized.dequantize()
     if solution.measured is None or config.row_feedback:

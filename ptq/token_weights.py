@@ -109,7 +109,9 @@ def descend(
     }
     for name in names.values():
         weights[name] = torch.zeros(hidden.data.shape[:2], device=hidden.device)
-    own = {layer.get_submodule(name): f"{prefix}.{name}" for prefix, layer in part for stage in adapter.stages for name in stage}
+    own = {
+        layer.get_submodule(name): f"{prefix}.{name}" for prefix, layer in part for stage in adapter.stages for name in stage
+    }
     G = {} if curvature is None else {linear: square(linear.out_features, hidden.device) for linear in own}
 
     def work(rows: slice) -> None:

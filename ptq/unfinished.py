@@ -1,8 +1,8 @@
 """A checkpoint in the making: what is finished is on the disk for good, and a later run goes on from there.
 
-`<output>.unfinished/` holds fingerprint.json (what the work depends on), token_weights.safetensors, curvature.safetensors (for row feedback), layers/<n>.json (the records of
-a finished layer, written after its tensors) and checkpoint/, which becomes the output at the end.  A file has its name only once
-its content is on the disk.
+`<output>.unfinished/` holds fingerprint.json (what the work depends on), token_weights.safetensors, curvature.safetensors (for row
+feedback), layers/<n>.json (the records of a finished layer, written after its tensors) and checkpoint/, which becomes the output
+at the end.  A file has its name only once its content is on the disk.
 """
 
 import fcntl

@@ -62,7 +62,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["nvfp4"])
     parser.add_argument("--block", type=int, help="for int4")
     parser.add_argument("--damp", type=float, nargs="+", default=[0.01])
-    parser.add_argument("--cases", nargs="+", metavar="METHOD-SCALES-WEIGHTS[-drift][-rows]", default=["-".join(case) for case in CASES])
+    parser.add_argument(
+        "--cases", nargs="+", metavar="METHOD-SCALES-WEIGHTS[-drift][-rows]", default=["-".join(case) for case in CASES]
+    )
     parser.add_argument("--calibration", nargs="+", required=True)
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=1024)
@@ -137,8 +139,8 @@ def scores(model: torch.nn.Module, other: torch.nn.Module, tests: dict[str, Tens
 
 def write_linears(path: Path, settings: dict, records: list[Record]) -> None:
     """Appends what is known of every linear."""
-    names = "model format method scales token_weights drift row_feedback seed".split()
-    numbers = "name error rtn_error held_out_error certificate moved_scales".split()
+    names = ["model", "format", "method", "scales", "token_weights", "drift", "row_feedback", "seed"]
+    numbers = ["name", "error", "rtn_error", "held_out_error", "certificate", "moved_scales"]
     fresh = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
@@ -173,7 +175,9 @@ def main() -> int:
                 windows = score.tokens // (score.window - 1)
                 row: dict = common | settings | {"test_text": text, "windows": windows}
                 writer.writerow(row | {"ppl": round(score.ppl, 4), "kl": round(score.kl, 6)})
-                print(f"{' '.join(map(str, settings.values())):60} {text:18} ppl {score.ppl:8.3f}  KL {score.kl:.5f}", flush=True)
+                print(
+                    f"{' '.join(map(str, settings.values())):60} {text:18} ppl {score.ppl:8.3f}  KL {score.kl:.5f}", flush=True
+                )
             file.flush()
     return 0
 

@@ -83,7 +83,9 @@ def test_certificate_is_on_every_gptq_linear_and_catches_wrong_feedback():
     records = [record for record, _ in quantize_model(LlamaAdapter(tiny_model()), tokens().split(2), CONFIGS[0])]
     # Float32 leaves about 2 √128 · 2⁻²⁴ · ‖W‖/‖Δ‖, 2e-5 for errors of 6 %.
     assert all(record.certificate is not None and record.certificate < 2e-5 for record in records)
-    right = Numbers(whole=1, ours=1, baseline=1, accumulated=2, measured=2, moved=0, feeds_forward=1, dead=0, tokens=1, seconds=0)
+    right = Numbers(
+        whole=1, ours=1, baseline=1, accumulated=2, measured=2, moved=0, feeds_forward=1, dead=0, tokens=1, seconds=0
+    )
     assert certify("a", right) == 0 and certify("a", right._replace(feeds_forward=0)) is None
     with pytest.raises(CertificateError, match="b: Σ err² = 2 but"):
         certify("b", right._replace(measured=2.1))
