@@ -36,7 +36,7 @@ class LlamaAdapter:
     def __init__(self, model: PreTrainedModel):
         check_family(model.config, type(model).__name__)
         self.stages = FAMILIES[model.config.model_type]
-        self.writers = ("self_attn.o_proj", "mlp.down_proj")
+        self.writers: tuple[str, str] = ("self_attn.o_proj", "mlp.down_proj")
         self.model, self.config = model, model.config
         self.names = tuple(f"model.layers.{index}" for index in range(model.config.num_hidden_layers))
         self._body: Any = model.get_decoder()

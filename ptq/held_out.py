@@ -1,5 +1,6 @@
 """How far the quantized model's linears are from the original's, on tokens that were not calibrated on."""
 
+import torch
 from torch import Tensor, nn
 
 from ptq.adapter import Adapter
@@ -25,6 +26,7 @@ class HeldOut:
         before, self._outputs = self._outputs, {}
         return {name: (outputs[name] - y).float().norm() / y.float().norm() for name, y in before.items()}
 
+    @torch.no_grad()
     def _run(self, layer: nn.Module, hidden: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         outputs: dict[str, Tensor] = {}
         names = {layer.get_submodule(name): name for stage in self._adapter.stages for name in stage}

@@ -7,6 +7,7 @@ from ptq.hessian import Hessian
 from ptq.models.llama import LlamaAdapter
 from ptq.runner import quantize_model
 from ptq.token_weights import token_weights
+from ptq.watch import watch_linears
 
 from .tiny import tiny_model
 
@@ -67,3 +68,22 @@ def test_weights_reach_the_solve():
     weighted = [q.codes for _, q in quantize_model(LlamaAdapter(tiny_model()), parts, config, first_only)]
     alone = [q.codes for _, q in quantize_model(LlamaAdapter(tiny_model()), parts[:1], config)]
     assert all(torch.equal(a, b) for a, b in zip(weighted, alone, strict=True))
+
+
+def test_curvature_is_the_sum_of_outer_products_of_the_gradients():
+    model = tiny_model()
+    batches = TOKENS.split(2)
+    curvature: dict[str, torch.Tensor] = {}
+    token_weights(LlamaAdapter(model), batches, segment=1, curvature=curvature)
+    name = "model.layers.0.self_attn.k_proj"
+    expected = torch.zeros(32, 32)
+    for batch in batches:
+        kept: list[torch.Tensor] = []
+        with watch_linears([model.get_submodule(name)], lambda _, x, y, kept=kept: kept.append(y)):
+            logits = model(batch).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
+        g = torch.autograd.grad(loss, kept[0])[0].flatten(0, 1)
+        expected += g.T @ g
+    assert len(curvature) == 14 and curvature["model.layers.1.mlp.up_proj"].shape == (128, 128)
+    # The same products in another order: float32 rounding of sums over 128 tokens.
+    assert torch.allclose(curvature[name], expected, rtol=1e-4, atol=1e-5 * float(expected.diagonal().max()))

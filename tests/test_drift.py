@@ -1,0 +1,134 @@
+"""What earlier layers lost, made good: the least squares it claims to be, and what it does to a model."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ptq.collect import look
+from ptq.config import QuantConfig
+from ptq.drift import Drift
+from ptq.held_out import HeldOut
+from ptq.hessian import Hessian
+from ptq.models.llama import FAMILIES, LlamaAdapter
+from ptq.runner import quantize_model
+from ptq.watch import watch_linears
+
+from .test_runner import tokens
+from .tiny import tiny_model
+
+
+def problem(d_in: int = 12, d_out: int = 7, count: int = 300):
+    """(W, x, x̂, h - ĥ, token weights), in float64."""
+    x = torch.randn(count, d_in, dtype=torch.float64)
+    seen = x + 0.2 * torch.randn_like(x)
+    W, weights = torch.randn(d_out, d_in, dtype=torch.float64), torch.rand(count, dtype=torch.float64)
+    return W, x, seen, 0.3 * torch.randn(count, d_out, dtype=torch.float64) + seen[:, :d_out], weights
+
+
+def sums(x, seen, gap, weights, parts: int = 3):
+    d_out = None if gap is None else gap.shape[1]
+    hessian, drift = Hessian(x.shape[1]), Drift(x.shape[1], stream=d_out)
+    for rows in torch.arange(len(x)).chunk(parts):
+        hessian.add(seen[rows], weights[rows])
+        drift.add(seen[rows], x[rows], None if gap is None else gap[rows], weights[rows])
+    return hessian, drift
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_target_is_the_ridge_regression_of_what_the_original_had(stream):
+    W, x, seen, gap, weights = problem()
+    hessian, drift = sums(x.float(), seen.float(), gap.float() if stream else None, weights.float())
+    H = hessian.mean()
+    T = drift.target(W.float(), H, hessian.weight, strength=1.0, ridge=0.05)
+    # Rows √w x̂ᵀ and, for the ridge, √λ I; wanted is what T adds to W.
+    share = (weights / weights.sum()).sqrt()[:, None]
+    wanted = (x - seen) @ W.T + (gap if stream else 0)
+    ridge = (0.05 * H.diagonal().mean()).double().sqrt() * torch.eye(12, dtype=torch.float64)
+    rows = torch.cat([share * seen, ridge])
+    added = torch.linalg.lstsq(rows, torch.cat([share * wanted, torch.zeros(12, 7, dtype=torch.float64)])).solution.T
+    # Float32 sums over 300 tokens, and a condition number of H of about 2.
+    assert torch.allclose(T.double(), W + added, atol=2e-5)
+
+
+def test_no_drift_changes_no_bit_and_half_of_it_half_as_much():
+    W, x, seen, gap, weights = (part.float() for part in problem())
+    hessian, drift = sums(seen, seen, torch.zeros_like(gap), weights)
+    assert torch.equal(drift.target(W, hessian.mean(), hessian.weight, strength=1.0, ridge=0.1), W)
+    hessian, drift = sums(x, seen, gap, weights)
+    whole, half = (drift.target(W, hessian.mean(), hessian.weight, strength=s, ridge=0.1) for s in (1.0, 0.5))
+    assert torch.allclose(half - W, (whole - W) / 2, atol=1e-6)
+
+
+def test_dead_inputs_are_left_alone():
+    W, x, seen, gap, weights = (part.float() for part in problem())
+    seen[:, 5] = 0
+    hessian, drift = sums(x, seen, gap, weights)
+    T = drift.target(W, hessian.mean(), hessian.weight, strength=1.0, ridge=0.1)
+    assert torch.equal(T[:, 5], W[:, 5]) and not torch.equal(T, W)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_is_what_the_writers_add_to(family):
+    adapter = LlamaAdapter(tiny_model(family))
+    hidden = adapter.embed(tokens(2))
+    (_, layer), *_ = adapter.layers()
+    between: list[torch.Tensor] = []
+    handle = layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: between.append(args[0]))
+    with torch.no_grad():
+        output = adapter.forward(layer, hidden)
+        for local, before, after in zip(adapter.writers, (hidden, between[0]), (between[0], output), strict=True):
+            x, stream = look(adapter, layer, local, hidden)
+            assert stream is not None and torch.allclose(stream, before, atol=1e-6)
+            assert torch.allclose(stream + layer.get_submodule(local)(x), after, atol=1e-6)
+        _, stream = look(adapter, layer, "mlp.gate_proj", hidden)
+    handle.remove()
+    assert stream is None
+
+
+@pytest.mark.parametrize("method, rule", [("rtn", "absmax"), ("rtn", "local"), ("gptq", "joint")])
+def test_the_model_comes_closer_to_the_original(method, rule):
+    original, batches = tiny_model(num_hidden_layers=4), tokens(24).split(8)
+    distances = []
+    for drift in (0.0, 1.0):
+        model = copy.deepcopy(original)
+        list(quantize_model(LlamaAdapter(model), batches, QuantConfig(method=method, rule=rule, drift=drift)))
+        with torch.no_grad():
+            outputs = [torch.cat([m.get_decoder()(b).last_hidden_state for b in batches]) for m in (original, model)]
+        distances.append(float((outputs[0] - outputs[1]).norm()))
+    assert distances[1] < 0.9 * distances[0]
+
+
+def test_held_out_errors_are_those_of_the_outputs():
+    original, held_out = tiny_model(), tokens(3)
+    model = copy.deepcopy(original)
+    results = quantize_model(LlamaAdapter(model), tokens().split(2), QuantConfig(drift=1.0), held_out=held_out)
+    records = {record.name: record.held_out_error for record, _ in results}
+    name = "model.layers.1.mlp.up_proj"
+    outputs = []
+    for one in (original, model):
+        with torch.no_grad(), watch_linears([one.get_submodule(name)], lambda _, x, y: outputs.append(y)):
+            one(held_out)
+    assert records[name] == pytest.approx(float((outputs[1] - outputs[0]).norm() / outputs[0].norm()), rel=1e-5)
+    assert len(records) == 14 and all(error is not None and error > 0 for error in records.values())
+
+
+def test_an_unchanged_layer_has_no_held_out_error():
+    adapter = LlamaAdapter(tiny_model())
+    watch = HeldOut(adapter, tokens(2))
+    for _, layer in adapter.layers():
+        watch.before(layer)
+        assert all(float(error) == 0 for error in watch.after(layer).values())
+
+
+def test_settings_that_make_no_sense_are_refused():
+    config = QuantConfig()
+    with pytest.raises(ValueError, match=r"drift is the share .* 0 to 1, not 1.5"):
+        replace(config, drift=1.5)
+    with pytest.raises(ValueError, match="ridge must be positive, not 0"):
+        replace(config, ridge=0)
+    with pytest.raises(ValueError, match="row feedback is part of method gptq"):
+        replace(config, method="rtn", row_feedback=True)
+    with pytest.raises(ValueError, match="row feedback needs the curvature"):
+        next(quantize_model(LlamaAdapter(tiny_model()), tokens().split(2), replace(config, row_feedback=True)))
