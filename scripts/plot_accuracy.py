@@ -1,0 +1,71 @@
+"""Draws docs/accuracy.png: KL by method and model from benchmarks/accuracy.csv, error by layer from benchmarks/linears.csv.
+
+python scripts/plot_accuracy.py [--csv benchmarks/accuracy.csv] [--output docs/accuracy.png]
+"""
+
+import argparse
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+Row = dict[str, str]
+
+
+def method(row: Row) -> str:
+    """What was done, in words."""
+    words = [row["method"].upper(), row["scales"]]
+    words += ["weighted"] * (row["token_weights"] != "none") + ["drift"] * (float(row["drift"]) > 0)
+    return " ".join(words + ["rows"] * (row["row_feedback"] == "True"))
+
+
+def draw_kl(axis: plt.Axes, rows: list[Row], model: str, text: str) -> None:
+    """A bar for each NVFP4 method, the mean over seeds, and a mark for each seed."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if (row["model"], row["format"], row["test_text"]) == (model, "nvfp4", text):
+            found[method(row)].append(float(row["kl"]))
+    names = sorted(found, key=lambda name: -sum(found[name]) / len(found[name]))
+    axis.barh(names, [sum(found[name]) / len(found[name]) for name in names], color="#8fb4d9")
+    for name in names:
+        axis.plot(found[name], [name] * len(found[name]), "k|")
+    axis.set(title=f"{model}, NVFP4, {text}", xlabel="KL(original ‖ quantized), nats a token")
+
+
+def draw_layers(axis: plt.Axes, rows: list[Row]) -> None:
+    """The held-out error of the last linear of each layer, which shows how the loss builds up."""
+    model = rows[-1]["model"]
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        last = row["name"].endswith("down_proj")
+        if last and (row["model"], row["format"], row["seed"]) == (model, "nvfp4", "0"):
+            found[method(row)].append(float(row["held_out_error"]))
+    for name, errors in found.items():
+        axis.plot(errors, "o-", markersize=3, label=name)
+    axis.set(title=f"{model}: down_proj, held-out tokens", xlabel="layer", ylabel="‖ŷ - y‖ / ‖y‖")
+    axis.legend()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, default=Path("benchmarks/accuracy.csv"))
+    parser.add_argument("--output", type=Path, default=Path("docs/accuracy.png"))
+    arguments = parser.parse_args()
+    with arguments.csv.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["format"]]
+    with arguments.csv.with_name("linears.csv").open() as file:
+        linears = list(csv.DictReader(file))
+    models = sorted({row["model"] for row in rows})
+    figure, axes = plt.subplots(1, len(models) + 1, figsize=(6.5 * len(models) + 6, 5))
+    for axis, model in zip(axes, models, strict=False):
+        draw_kl(axis, rows, model, "wiki.test.raw.gz")
+    draw_layers(axes[-1], linears)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(arguments.output, dpi=100)
+
+
+if __name__ == "__main__":
+    main()
