@@ -49,15 +49,14 @@ def collect(
 ) -> list[Sums | None]:
     """The sums of each stage from one pass of `hidden` through the layer, added up over the team on the rank that solves it.
 
-    `sequences`: of all ranks.  With `original`, of one stage, with what it is to make good.
+    `sequences`: of all ranks.  With `original`, the sums tell too what the stages are to make good.
     """
     if hidden is None or not stages:
         return [None] * len(stages)
     partial: list[tuple[int, list[Sums]]] = []  # a tree of sums: two of the same height become one of the next
     for groups in [[group] for group in hidden.groups] if team.deterministic else [hidden.groups]:
         if original:
-            (stage,) = stages
-            new = 0, [collect_drift(adapter, layer, stage, hidden, token_weights, groups, original)]
+            new = 0, collect_drift(adapter, layer, stages, hidden, token_weights, groups, original)
         else:
             new = 0, collect_hessians(adapter, layer, stages, hidden, token_weights, groups)
         while partial and partial[-1][0] == new[0]:
@@ -104,50 +103,61 @@ def collect_hessians(
 def collect_drift(
     adapter: Adapter,
     layer: nn.Module,
-    stage: Stage,
+    stages: list[Stage],
     hidden: Activations,
     token_weights: Mapping[str, Tensor],
     groups: list[slice],
     original: Original,
-) -> Sums:
-    """Both models run up to the stage; to the end of the layer where its stream is known only from there."""
-    name, linear = next(iter(stage.items()))
-    local = next(own for own, module in layer.named_modules() if module is linear)
-    sums: list[Sums] = []
+) -> list[Sums]:
+    """Both models run up to the last of the stages; to the end of the layer where its stream is known only from there."""
+    local = {linear: name for name, linear in layer.named_modules()}
+    firsts = {name: (local[linear], linear) for name, linear in (next(iter(stage.items())) for stage in stages)}
+    wanted = [own for own, _ in firsts.values()]
+    sums: dict[str, Sums] = {}
 
     def restart() -> None:
-        stream = linear.out_features if local in adapter.writers else None
-        device = linear.weight.device
-        sums[:] = [Sums(Hessian(linear.in_features, device=device), Drift(linear.in_features, stream=stream, device=device))]
+        for name, (own, linear) in firsts.items():
+            stream, device = linear.out_features if own in adapter.writers else None, linear.weight.device
+            drift = Drift(linear.in_features, stream=stream, device=device)
+            sums[name] = Sums(Hessian(linear.in_features, device=device), drift)
 
     def work(rows: slice) -> None:
-        ours = look(adapter, layer, local, hidden.load(rows))
-        theirs = look(adapter, original.layer, local, original.hidden.load(rows))
-        weights = token_weights[name][rows] if token_weights else None
-        gap = None if ours[1] is None or theirs[1] is None else theirs[1] - ours[1]
+        ours = look(adapter, layer, wanted, hidden.load(rows))
+        theirs = look(adapter, original.layer, wanted, original.hidden.load(rows))
         with phase("hessian"):
-            assert sums[0].drift
-            sums[0].hessian.add(ours[0], weights)
-            sums[0].drift.add(ours[0], theirs[0], gap, weights)
+            for name, (own, _) in firsts.items():
+                (x, stream), (x_original, stream_original) = ours[own], theirs[own]
+                gap = None if stream is None or stream_original is None else stream_original - stream
+                weights = token_weights[name][rows] if token_weights else None
+                drift = sums[name].drift
+                assert drift
+                sums[name].hessian.add(x, weights)
+                drift.add(x, x_original, gap, weights)
 
     restart()
     each_batch(hidden, "forward", work, groups=groups, restart=restart)
-    return sums[0]
+    return list(sums.values())
 
 
-def look(adapter: Adapter, layer: nn.Module, local: str, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The input of a linear of the layer, and the stream it adds its output to, if it does."""
-    linear = layer.get_submodule(local)
+def look(adapter: Adapter, layer: nn.Module, wanted: list[str], hidden: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """For linears of the layer, by name in the order they run: the input, and the stream the output is added to, if it is."""
     first, last = adapter.writers
-    seen: list[Tensor] = []
-    if local != last:
-        with watch_inputs([linear], lambda _, x: seen.append(x), last=linear):
+    names = {layer.get_submodule(name): name for name in wanted}
+    inputs: dict[str, Tensor] = {}
+    streams: dict[str, Tensor] = {first: hidden}
+    if last not in wanted:
+        with watch_inputs(names, lambda linear, x: inputs.update({names[linear]: x}), last=layer.get_submodule(wanted[-1])):
             adapter.forward(layer, hidden)
-        return seen[0], hidden if local == first else None
-    with watch_linears([linear], lambda _, x, y: seen.extend((x, y))):
-        output = adapter.forward(layer, hidden)
-    x, y = seen
-    return x, output - y
+    else:
+        outputs: dict[str, Tensor] = {}
+
+        def see(linear: nn.Module, x: Tensor, y: Tensor) -> None:
+            inputs[names[linear]], outputs[names[linear]] = x, y
+
+        with watch_linears(names, see):
+            streams[last] = adapter.forward(layer, hidden)
+        streams[last] = streams[last] - outputs[last]
+    return {name: (inputs[name], streams.get(name)) for name in wanted}
 
 
 def first_of(stage: Stage) -> nn.Linear:

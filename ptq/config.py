@@ -9,9 +9,15 @@ from ptq.scales import RULES
 
 # What GPTQ does unless told otherwise: each lowers KL and takes longer (docs/accuracy.md has the numbers).
 EFFORTS: dict[str, dict] = {
-    "fast": {"scales": "local", "token_weights": "none", "drift": 0.0, "row_feedback": False},
-    "default": {"scales": "joint", "token_weights": "sampled", "drift": 0.0, "row_feedback": False},
-    "best": {"scales": "joint", "token_weights": "sampled", "drift": 1.0, "row_feedback": True},
+    "fast": {"scales": "local", "token_weights": "none", "drift": "none", "row_feedback": False},
+    "default": {"scales": "joint", "token_weights": "sampled", "drift": "none", "row_feedback": False},
+    "best": {"scales": "joint", "token_weights": "sampled", "drift": "full", "row_feedback": True},
+}
+# How much of what earlier layers lost is made good, and from how many passes.
+DRIFTS: dict[str, dict] = {
+    "none": {"drift": 0.0},
+    "half": {"drift": 0.5, "stagewise": False},
+    "full": {"drift": 1.0, "stagewise": True},
 }
 
 
@@ -19,7 +25,8 @@ EFFORTS: dict[str, dict] = {
 class QuantConfig:
     """`rule`: how block scales are chosen.  `damp`: relative to mean(diag H).  `ignore`: linears left alone, by full name or by
     `re:PATTERN` matched from the start of the name.  `drift`: how much of what earlier layers lost each linear makes good
-    (ptq.drift), 0 to 1, against a ridge of `ridge` · mean(diag H).  `row_feedback`: rounding errors are fed forward over rows
+    (ptq.drift), 0 to 1, against a ridge of `ridge` · mean(diag H); `stagewise`: each stage after those before it in the layer are
+    quantized, else all from one pass, which diverges beyond one half.  `row_feedback`: rounding errors are fed forward over rows
     too, for which gptq needs the curvature of the loss (ptq.token_weights).  Raises ValueError for settings that do not fit."""
 
     format: Format = NVFP4
@@ -28,6 +35,7 @@ class QuantConfig:
     damp: float = 0.01
     ignore: tuple[str, ...] = field(default=())
     drift: float = 0.0
+    stagewise: bool = True
     ridge: float = 0.1
     row_feedback: bool = False
 
@@ -47,6 +55,8 @@ class QuantConfig:
             raise ValueError(f"damp must be positive, not {self.damp}")
         if not 0 <= self.drift <= 1:
             raise ValueError(f"drift is the share of the loss that is made good, 0 to 1, not {self.drift}")
+        if self.drift > 0.5 and not self.stagewise:
+            raise ValueError(f"drift {self.drift} from one pass a layer diverges; take at most 0.5, or go stage by stage")
         if self.row_feedback and self.method != "gptq":
             raise ValueError(f"row feedback is part of method gptq; {self.method} feeds no error forward")
         if not self.ridge > 0:

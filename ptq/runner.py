@@ -3,7 +3,7 @@
 For each layer: run it once and collect H per stage; quantize its linears; run it again to get the next layer's input.  One
 layer's Hessians are alive at a time, and layers are asked of the adapter one by one.
 
-Where drift is made good (ptq.drift), the original model's hidden states come along, and a layer is run stage by stage.
+Where drift is made good (ptq.drift), the original model's hidden states come along, and a layer may be run stage by stage.
 """
 
 import copy
@@ -108,7 +108,7 @@ def quantize_layers(
             stages = stages_of(adapter, prefix, layer, plan)
             records: list[Record] = []
             quantized: dict[str, Quantized] = {}
-            for part in [[stage] for stage in stages] if original else [stages]:
+            for part in [[stage] for stage in stages] if original and config.stagewise else [stages]:
                 with phase("forward"):
                     sums = collect(adapter, layer, part, hidden, weights, team, sequences, original)
                 records += quantize_stages(part, sums, config, team, quantized, curvature or {})

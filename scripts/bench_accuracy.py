@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from ptq.calibration import all_windows, read_documents, sample_windows
-from ptq.config import QuantConfig
+from ptq.config import DRIFTS, QuantConfig
 from ptq.eval.perplexity import Score, evaluate
 from ptq.formats import FORMATS, get_format
 from ptq.models.llama import LlamaAdapter
@@ -31,7 +31,7 @@ from ptq.token_weights import TokenWeights, token_weights
 
 HELD_OUT = 4
 FIELDS = (
-    "model format method scales token_weights drift row_feedback damp sequences length calibration seed "
+    "model format method scales token_weights drift stagewise row_feedback damp sequences length calibration seed "
     "test_text windows ppl kl seconds gpu commit"
 )
 # method, scale rule, token weights; whether drift is made good, and errors are fed forward over rows
@@ -47,12 +47,13 @@ CASES = (
     ("gptq", "local", "sampled"),
     ("gptq", "schur", "sampled"),
     ("gptq", "joint", "sampled"),
-    ("rtn", "local", "none", "drift"),
-    ("gptq", "local", "none", "drift"),
-    ("gptq", "joint", "none", "drift"),
-    ("gptq", "joint", "sampled", "drift"),
+    ("rtn", "local", "none", "full"),
+    ("gptq", "local", "none", "full"),
+    ("gptq", "joint", "none", "full"),
+    ("gptq", "joint", "sampled", "half"),
+    ("gptq", "joint", "sampled", "full"),
     ("gptq", "joint", "sampled", "rows"),
-    ("gptq", "joint", "sampled", "drift", "rows"),
+    ("gptq", "joint", "sampled", "full", "rows"),
 )
 
 
@@ -63,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block", type=int, help="for int4")
     parser.add_argument("--damp", type=float, nargs="+", default=[0.01])
     parser.add_argument(
-        "--cases", nargs="+", metavar="METHOD-SCALES-WEIGHTS[-drift][-rows]", default=["-".join(case) for case in CASES]
+        "--cases", nargs="+", metavar="METHOD-SCALES-WEIGHTS[-half|-full][-rows]", default=["-".join(case) for case in CASES]
     )
     parser.add_argument("--calibration", nargs="+", required=True)
     parser.add_argument("--sequences", type=int, default=128)
@@ -117,7 +118,7 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[dict, dict[str, Score], 
                         method,
                         rule,
                         damp,
-                        drift=float("drift" in more),
+                        **DRIFTS[next((word for word in more if word in DRIFTS), "none")],
                         ridge=args.ridge,
                         row_feedback="rows" in more,
                     )
@@ -128,7 +129,8 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[dict, dict[str, Score], 
                     )
                     records = [record for record, _ in results]
                     settings = {"format": format, "method": method, "scales": rule, "token_weights": weighing}
-                    settings |= {"drift": config.drift, "row_feedback": config.row_feedback, "damp": damp, "seed": seed}
+                    settings |= {"drift": config.drift, "stagewise": config.stagewise, "row_feedback": config.row_feedback}
+                    settings |= {"damp": damp, "seed": seed}
                     seconds = round(time.perf_counter() - begin, 2)
                     yield settings | {"seconds": seconds}, scores(model, quantized, tests), records
 

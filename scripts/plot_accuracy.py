@@ -16,7 +16,8 @@ Row = dict[str, str]
 def method(row: Row) -> str:
     """What was done, in words."""
     words = [row["method"].upper(), row["scales"]]
-    words += ["weighted"] * (row["token_weights"] != "none") + ["drift"] * (float(row["drift"]) > 0)
+    words += ["weighted"] * (row["token_weights"] != "none")
+    words += [f"drift {row['drift']}"] * (float(row["drift"]) > 0)
     return " ".join(words + ["rows"] * (row["row_feedback"] == "True"))
 
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import ptq
 from ptq.calibration import all_windows, read_documents, sample_windows
-from ptq.config import EFFORTS, QuantConfig
+from ptq.config import DRIFTS, EFFORTS, QuantConfig
 from ptq.distributed import joined
 from ptq.eval.perplexity import Score, evaluate
 from ptq.export import DTYPE, ReadBackError, check_output, save_text, verify, write_rest
@@ -69,7 +69,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=("none", "text", "sampled"),
         help="what tokens count for: all the same, or by the loss gradient, of the text or of labels the model draws",
     )
-    how.add_argument("--drift", type=float, metavar="S", help="how much of what earlier layers lost is made good, 0 to 1")
+    how.add_argument("--drift", choices=DRIFTS, help="how much of what earlier layers lost each linear makes good")
     how.add_argument(
         "--row-feedback", action=argparse.BooleanOptionalAction, help="feed rounding errors forward over rows too"
     )
@@ -112,7 +112,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.sequences is None:
         args.sequences = 64 if args.calibration == "builtin" else 128
-    rtn = {"scales": "local", "token_weights": "none", "drift": 0.0, "row_feedback": False}
+    rtn = {"scales": "local", "token_weights": "none", "drift": "none", "row_feedback": False}
     for name, value in (EFFORTS[args.effort] if args.method == "gptq" else rtn).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -163,7 +163,7 @@ def prepare(args: argparse.Namespace) -> tuple[Job, PreTrainedTokenizerBase, Ten
         args.scales,
         args.damp,
         tuple(args.ignore),
-        drift=args.drift,
+        **DRIFTS[args.drift],
         row_feedback=args.row_feedback,
     )
     texts = {source: read_documents(source) for source in (args.calibration, args.evaluate) if source}

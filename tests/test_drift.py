@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ptq.collect import look
-from ptq.config import QuantConfig
+from ptq.config import DRIFTS, QuantConfig
 from ptq.drift import Drift
 from ptq.held_out import HeldOut
 from ptq.hessian import Hessian
@@ -78,22 +78,24 @@ def test_the_stream_is_what_the_writers_add_to(family):
     handle = layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: between.append(args[0]))
     with torch.no_grad():
         output = adapter.forward(layer, hidden)
+        together = look(adapter, layer, ["self_attn.q_proj", *adapter.writers], hidden)
         for local, before, after in zip(adapter.writers, (hidden, between[0]), (between[0], output), strict=True):
-            x, stream = look(adapter, layer, local, hidden)
-            assert stream is not None and torch.allclose(stream, before, atol=1e-6)
+            x, stream = look(adapter, layer, [local], hidden)[local]
+            assert torch.equal(x, together[local][0]) and stream is not None and torch.equal(stream, together[local][1])
+            assert torch.allclose(stream, before, atol=1e-6)
             assert torch.allclose(stream + layer.get_submodule(local)(x), after, atol=1e-6)
-        _, stream = look(adapter, layer, "mlp.gate_proj", hidden)
     handle.remove()
-    assert stream is None
+    assert together["self_attn.q_proj"][1] is None
 
 
+@pytest.mark.parametrize("how", ["half", "full"])
 @pytest.mark.parametrize("method, rule", [("rtn", "absmax"), ("rtn", "local"), ("gptq", "joint")])
-def test_the_model_comes_closer_to_the_original(method, rule):
+def test_the_model_comes_closer_to_the_original(method, rule, how):
     original, batches = tiny_model(num_hidden_layers=4), tokens(24).split(8)
     distances = []
-    for drift in (0.0, 1.0):
+    for drift in ("none", how):
         model = copy.deepcopy(original)
-        list(quantize_model(LlamaAdapter(model), batches, QuantConfig(method=method, rule=rule, drift=drift)))
+        list(quantize_model(LlamaAdapter(model), batches, QuantConfig(method=method, rule=rule, **DRIFTS[drift])))
         with torch.no_grad():
             outputs = [torch.cat([m.get_decoder()(b).last_hidden_state for b in batches]) for m in (original, model)]
         distances.append(float((outputs[0] - outputs[1]).norm()))
@@ -126,6 +128,8 @@ def test_settings_that_make_no_sense_are_refused():
     config = QuantConfig()
     with pytest.raises(ValueError, match=r"drift is the share .* 0 to 1, not 1.5"):
         replace(config, drift=1.5)
+    with pytest.raises(ValueError, match=r"drift 0\.6 from one pass a layer diverges; take at most 0\.5"):
+        replace(config, drift=0.6, stagewise=False)
     with pytest.raises(ValueError, match="ridge must be positive, not 0"):
         replace(config, ridge=0)
     with pytest.raises(ValueError, match="row feedback is part of method gptq"):
