@@ -42,6 +42,10 @@ class LlamaAdapter:
         self._body: Any = model.get_decoder()
         self._head: Any = model.get_output_embeddings()
 
+    def parameters(self) -> int:
+        """How many there are."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def check_length(self, tokens: Tensor) -> None:
         window = getattr(self.config, "sliding_window", None)
         if window is not None and tokens.shape[1] > window:

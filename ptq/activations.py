@@ -38,7 +38,7 @@ class Activations:
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
         batch: int,
@@ -77,7 +77,7 @@ class Activations:
 
     def copy(self, on_host: bool | None = None) -> "Activations":
         """A copy of the present state."""
-        other = Activations(tuple(self.data.shape), self.data.dtype, self.device, self.batch, on_host, self.groups)
+        other = Activations(self.data.shape, self.data.dtype, self.device, self.batch, on_host, self.groups)
         other.data.copy_(self.data, non_blocking=True)
         if other._stored is not None:
             other._stored.record(torch.cuda.current_stream(self.device))
@@ -115,7 +115,7 @@ def embed_all(
         x = adapter.embed(tokens)
         if hidden is None:
             shape = (sum(len(part) for part in batches), *x.shape[1:])
-            hidden = Activations(shape, x.dtype, x.device, len(batches[0]), on_host, groups)  # type: ignore[arg-type]
+            hidden = Activations(shape, x.dtype, x.device, len(batches[0]), on_host, groups)
         rows = slice(start, start + len(x))
         hidden.store(rows, x)
         start = rows.stop

@@ -19,6 +19,10 @@ class Adapter(Protocol):
     names: tuple[str, ...]
     """Full names of the layers, first to last."""
 
+    def parameters(self) -> int:
+        """How many there are."""
+        ...
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (n, length) -> the first layer's input (n, length, d)."""
         ...

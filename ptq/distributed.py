@@ -127,7 +127,7 @@ def joined(device: torch.device, *, deterministic: bool = False) -> Iterator[Tea
     if deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield Team(deterministic=deterministic)
@@ -137,3 +137,11 @@ def joined(device: torch.device, *, deterministic: bool = False) -> Iterator[Tea
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
     yield team
     dist.destroy_process_group()  # not after an error: the others may be waiting in the middle of something, torchrun ends them
+
+
+def local_device(device: str) -> str:
+    """The device of this process among those that torchrun started on the machine."""
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    return device

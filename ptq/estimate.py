@@ -5,10 +5,14 @@ One operation is a multiplication or an addition.  T: calibration tokens; a line
 
 from dataclasses import dataclass
 
+from torch import nn
+
+from ptq.activations import DEVICE_SHARE
 from ptq.adapter import Adapter
 from ptq.config import QuantConfig
+from ptq.distributed import assign
 from ptq.plan import Plan
-from ptq.token_weights import SEGMENT
+from ptq.token_weights import POSITIONS_AT_ONCE, SEGMENT
 
 BF16_RATE = 790e12
 """bfloat16 matmul, operations a second: measured, 8192³."""
@@ -18,11 +22,15 @@ FP32_RATE = 66.8e12
 
 @dataclass(frozen=True)
 class Shape:
-    """What costs depend on.  `stages`: (d_out, d_in) of each stage of a layer, the linears together.  `attention`: width of the
-    attention output.  `head`: (vocabulary, d)."""
+    """What costs depend on.  `stages`: (d_out, d_in) of each stage to quantize in a layer, the linears together.
+
+    `layer_weights`: of all linears.  `attention`: width of the attention output; `inner`: of the MLP.  `head`: (vocabulary, d).
+    """
 
     stages: tuple[tuple[int, int], ...]
+    layer_weights: int
     attention: int
+    inner: int
     layers: int
     head: tuple[int, int]
     sequences: int
@@ -35,20 +43,18 @@ class Shape:
     def tokens(self) -> int:
         return self.sequences * self.length
 
-    @property
-    def layer_weights(self) -> int:
-        return sum(d_out * d_in for d_out, d_in in self.stages)
-
 
 def shape_of(plan: Plan, adapter: Adapter, sequences: int, length: int, config: QuantConfig, weighing: str) -> Shape:
     """From the first layer; `adapter` is one of ptq.models."""
     name, layer = next(adapter.skeleton())
-    found = {key: module for key, module in layer.named_modules() if f"{name}.{key}" in plan.linears}
-    stages = [[found[key] for key in stage if key in found] for stage in adapter.stages]
+    shapes = {key: tuple(module.weight.shape) for key, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    stages = [[shapes[key] for key in stage if f"{name}.{key}" in plan.linears] for stage in adapter.stages]
     head = adapter.model.get_output_embeddings()  # type: ignore[attr-defined]
     return Shape(
-        stages=tuple((sum(linear.out_features for linear in stage), stage[0].in_features) for stage in stages if stage),
-        attention=layer.get_submodule(adapter.stages[1][0]).in_features,  # type: ignore[arg-type]
+        stages=tuple((sum(d_out for d_out, _ in stage), stage[0][1]) for stage in stages if stage),
+        layer_weights=sum(d_out * d_in for d_out, d_in in shapes.values()),
+        attention=shapes[adapter.stages[1][0]][1],
+        inner=shapes[adapter.stages[-1][0]][1],
         layers=len(adapter.names),
         head=(head.out_features, head.in_features),
         sequences=sequences,
@@ -87,3 +93,83 @@ FLOAT32_PHASES = ("factorization", "sweep")
 def floor_seconds(shape: Shape) -> float:
     """The operations at the rates of the device: no run is faster."""
     return sum(count / (FP32_RATE if name in FLOAT32_PHASES else BF16_RATE) for name, count in operations(shape).items())
+
+
+def graph_bytes(shape: Shape) -> float:
+    """What autograd keeps of one token in one layer in bfloat16, counted with hooks on the saved tensors of a Llama layer; the
+    traffic of its elementwise operations is proportional to it."""
+    return 13.5 * shape.head[1] + 6 * shape.inner
+
+
+def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
+    """Estimated seconds by phase on H200s: products at a rate, and what grows with the tensors' sizes.
+
+    The constants are fitted to runs of the shapes Llama-3.2-1B, 3.1-8B and 3.1-70B (docs/performance.md), to 7 % in each phase.
+    Sequences are shared by the ranks, stages of a layer are solved by as many ranks as there are stages at most.
+    """
+    T, layers = shape.tokens, shape.layers
+    linear, attention = 2 * T * shape.layer_weights, 2 * T * shape.length * shape.attention
+    columns, graph = sum(d_in for _, d_in in shape.stages), T * graph_bytes(shape)
+    found: dict[str, float] = {}
+    one_pass = (linear + attention) / 548e12 + 0.845e-12 * graph
+    if shape.weigh:
+        climbed, head = (layers - 1) // SEGMENT * SEGMENT, 4 * T * shape.head[0] * shape.head[1]
+        down = (2 * linear + 3.5 * attention) / 775e12 + 6.46e-12 * graph
+        found["weigh"] = (climbed * one_pass + layers * down + head / 548e12 + 7.5e-12 * T * shape.head[0]) / ranks
+    if shape.calibrate:
+        unneeded = 2 * T * shape.stages[-1][0] * shape.stages[-1][1] / 548e12  # the last product, when H is collected
+        found["forward"] = layers * (2 * one_pass - unneeded) / ranks
+        products = 1.25 * T * sum(d_in * d_in for _, d_in in shape.stages)
+        found["hessian"] = layers * (products / 534e12 + 2.26e-12 * T * columns) / ranks
+    if shape.feedback:
+        costs = [solve_seconds(d_out, d_in) for d_out, d_in in shape.stages]
+        owners = assign([sum(cost) for cost in costs], ranks)
+        slowest = max(
+            range(ranks), key=lambda rank: sum(sum(c) for c, owner in zip(costs, owners, strict=True) if owner == rank)
+        )
+        for i, name in enumerate(("factorization", "sweep", "report")):
+            found[name] = layers * sum(cost[i] for cost, owner in zip(costs, owners, strict=True) if owner == slowest)
+    return found
+
+
+def solve_seconds(d_out: int, d_in: int) -> tuple[float, float, float]:
+    """Of one stage: factorization, sweep, report."""
+    weights, product = d_out * d_in, d_out * d_in * d_in
+    return (
+        2 / 3 * d_in**3 / 42.8e12 + 1.07e-6 * d_in,
+        product / 29.3e12 + 4.33e-10 * weights,
+        product / 361e12 + 0.93e-10 * weights,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peaks.  `kept`: inputs of segments that the backward pass starts from, on the device or the host."""
+
+    hidden: int
+    kept: int
+    kept_on_host: bool
+    gpu: int
+    host: int
+
+
+def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = None, device_bytes: float = 141e9) -> Memory:
+    """Peaks of a rank, for a bfloat16 model; measured ones were within 20 %.  `device_bytes`: memory of the GPU."""
+    d, tokens = shape.head[1], -(-shape.sequences // ranks) * shape.length
+    layer, hidden = 2 * shape.layer_weights, 2 * tokens * d
+    starts = -(-shape.layers // SEGMENT)
+    kept = hidden * (starts - 1) if shape.weigh else 0
+    hidden_away = hidden > device_bytes * DEVICE_SHARE if on_host is None else on_host
+    kept_away = hidden * starts > device_bytes * DEVICE_SHARE if on_host is None else on_host
+    at_once = batch * shape.length
+    part = min(SEGMENT, shape.layers)
+    small = max(1, batch // max(1, part // 2)) * shape.length
+    logits = POSITIONS_AT_ONCE * shape.head[0] * 18
+    weigh = (0 if kept_away else kept) + (part + 1) * layer + small * part * graph_bytes(shape) + logits + 2 * shape.head[0] * d
+    hessians = 4 * sum(d_in * d_in for _, d_in in shape.stages)
+    collect = at_once * (20 * d + 16 * shape.inner)
+    solve = max(6 * 4 * d_in * d_in + 7 * 4 * d_out * d_in for d_out, d_in in shape.stages)
+    quantize = 3 * layer + hessians + max(collect, solve)
+    gpu = (0 if hidden_away else hidden) + max(weigh if shape.weigh else 0, quantize)
+    host = 2.3e9 + 2 * layer + (hidden if hidden_away else 0) + (kept if kept_away else 0)
+    return Memory(hidden, kept, kept_away, int(gpu), int(host))

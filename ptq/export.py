@@ -84,12 +84,17 @@ def check_output(output: Path, needed_bytes: int) -> None:
     """Raises ValueError where `output` exists already, cannot be made, or does not fit on its disk."""
     if output.exists():
         raise ValueError(f"output {output} exists already; remove it or name another folder")
-    parent = next(p for p in output.absolute().parents if p.exists())
+    parent = existing_parent(output)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"output {output} cannot be made: {parent} is not a folder one may write to")
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise ValueError(f"output {output} needs about {needed_bytes / 1e9:.2f} GB; {parent} has {free / 1e9:.2f} GB free")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that is there."""
+    return next(p for p in path.absolute().parents if p.exists())
 
 
 def shard_name(index: int, layers: int) -> str:
@@ -230,6 +235,15 @@ def verify(folder: Path, adapter: Adapter, tokens: Tensor, format: Format, layer
     ours = restored_logits(folder, adapter.in_dtype(DTYPE), tokens, format, config.num_hidden_layers)  # type: ignore[attr-defined]
     theirs = loaded.to(ours.device).eval()(tokens.to(ours.device)).logits
     return float((ours.float() - theirs.float()).abs().max())
+
+
+def layers_that_fit(layers: int, parameters: int, device: torch.device) -> int:
+    """How many of a model's layers take no more than half of the memory in bfloat16: all, or enough to see that they read back."""
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        room = min(room, torch.cuda.mem_get_info(device)[0])
+    size = DTYPE.itemsize * parameters
+    return layers if size < room / 2 else min(layers, max(2, int(layers * room / 2 / size)))
 
 
 def restored_logits(folder: Path, adapter: Adapter, tokens: Tensor, format: Format, layers: int) -> Tensor:

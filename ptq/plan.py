@@ -38,36 +38,49 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def make_plan(adapter: Adapter, config: QuantConfig) -> Plan:
     """The linears to quantize.  Raises ValueError that names the linear and the remedy for: a shape the block does not divide, a
     non-finite weight, a module that is no nn.Linear, an ignore pattern that matches nothing or splits a stage."""
+    plan, problems = examine(adapter, config)
+    if problems:
+        raise ValueError(problems[0])
+    return plan
+
+
+def examine(adapter: Adapter, config: QuantConfig) -> tuple[Plan, list[str]]:
+    """The linears to quantize, and everything for which `make_plan` raises."""
     linears: dict[str, tuple[int, int]] = {}
     ignored: list[str] = []
+    problems: list[str] = []
     for prefix, layer in adapter.skeleton():
         for stage in adapter.stages:
             names = [f"{prefix}.{name}" for name in stage]
             left_alone = [name for name in names if matches(name, config.ignore)]
             if left_alone and len(left_alone) < len(names):
-                raise ValueError(
+                problems.append(
                     f"--ignore leaves {left_alone[0]} alone but not {next(n for n in names if n not in left_alone)}; serving "
                     f"engines fuse {', '.join(stage)} and need one scheme for all: ignore all of them or none"
                 )
             ignored += left_alone
-            if not left_alone:
-                linears |= {
-                    full: check_linear(full, layer.get_submodule(name)) for full, name in zip(names, stage, strict=True)
-                }
+            for full, name in zip(names, stage, strict=True):
+                if not left_alone:
+                    module = layer.get_submodule(name)
+                    problems += linear_problems(full, module)
+                    linears[full] = tuple(module.weight.shape)  # type: ignore[assignment,union-attr]
     for pattern in config.ignore:
         if not any(matches(name, [pattern]) for name in [*ignored, "lm_head"]):  # lm_head is never quantized
-            raise ValueError(f"--ignore {pattern!r} matches no linear; names look like {next(iter(linears), '(none)')}")
-    check_blocks(linears, config.format)
+            problems.append(f"--ignore {pattern!r} matches no linear; names look like {next(iter(linears), '(none)')}")
+    problems += block_problems(linears, config.format)
     if not linears:
-        raise ValueError("--ignore leaves nothing to quantize")
-    return Plan(linears, tuple(ignored))
+        problems.append("--ignore leaves nothing to quantize")
+    return Plan(linears, tuple(ignored)), problems
 
 
-def check_linear(name: str, module: nn.Module) -> tuple[int, int]:
+def linear_problems(name: str, module: nn.Module) -> list[str]:
     if not isinstance(module, nn.Linear):
-        raise ValueError(f"{name} is a {type(module).__name__}; only nn.Linear can be quantized")
-    check_finite(f"{name}.weight", module.weight)
-    return module.out_features, module.in_features
+        return [f"{name} is a {type(module).__name__}; only nn.Linear can be quantized"]
+    try:
+        check_finite(f"{name}.weight", module.weight)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def check_finite(name: str, W: Tensor) -> None:
@@ -79,19 +92,19 @@ def check_finite(name: str, W: Tensor) -> None:
         raise ValueError(f"{name} holds {int(bad.sum())} non-finite values, the first at {first}; the checkpoint is damaged")
 
 
-def check_blocks(linears: dict[str, tuple[int, int]], format: Format) -> None:
+def block_problems(linears: dict[str, tuple[int, int]], format: Format) -> list[str]:
     misfits = {name: shape for name, shape in linears.items() if shape[1] % format.block}
     if not misfits:
-        return
+        return []
     name, (_, d_in) = next(iter(misfits.items()))
     tails = sorted({name.split(".layers.")[-1].split(".", 1)[-1] for name in misfits})
     ignore = " ".join(f"'re:.*\\.{re.escape(tail)}$'" for tail in tails)
     smaller = [b for b in BLOCKS if b < format.block and all(shape[1] % b == 0 for shape in linears.values())]
     remedy = f"--block {smaller[-1]}, or " if smaller and free_block(format) else ""
-    raise ValueError(
+    return [
         f"{name} has {d_in} input columns, which blocks of {format.block} do not divide ({len(misfits)} such linears); "
         f"use {remedy}--ignore {ignore}"
-    )
+    ]
 
 
 def free_block(format: Format) -> bool:

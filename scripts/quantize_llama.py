@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -28,23 +29,26 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import ptq
+from ptq.activations import default_batch
 from ptq.calibration import all_windows, read_documents, sample_windows
 from ptq.config import DRIFTS, EFFORTS, QuantConfig
-from ptq.distributed import joined
+from ptq.distributed import joined, local_device
 from ptq.eval.perplexity import Score, evaluate
-from ptq.export import DTYPE, ReadBackError, check_output, save_text, verify, write_rest
+from ptq.export import DTYPE, ReadBackError, check_output, layers_that_fit, save_text, verify, write_rest
 from ptq.formats import FORMATS, get_format
 from ptq.job import Job, do_layers
 from ptq.methods import METHODS
 from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import check_fit, load_model, open_model, quiet
 from ptq.plan import make_plan, with_block
+from ptq.preview import make_preview
 from ptq.runner import quantize_model
 from ptq.scales import RULES
 from ptq.stage import CertificateError, Record
+from ptq.summary import summary
 from ptq.unfinished import Unfinished, fingerprint, unfinished_folder
 
-TOKENS_AT_ONCE = {"cuda": 16384, "cpu": 4096}
+PLACES = {"auto": None, "device": False, "host": True}
 VERIFY_TOKENS = 128
 SETTINGS = ("format", "method", "effort", "scales", "token_weights", "drift", "row_feedback", "damp", "ignore")
 BYTES_DEPEND_ON = (*SETTINGS, "seed", "dtype", "deterministic")
@@ -70,9 +74,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="what tokens count for: all the same, or by the loss gradient, of the text or of labels the model draws",
     )
     how.add_argument("--drift", choices=DRIFTS, help="how much of what earlier layers lost each linear makes good")
-    how.add_argument(
-        "--row-feedback", action=argparse.BooleanOptionalAction, help="feed rounding errors forward over rows too"
-    )
+    how.add_argument("--row-feedback", action=argparse.BooleanOptionalAction, help="feed rounding errors forward over rows too")
     how.add_argument("--block", type=int, help="weights per scale, for int4: 32, 64, 128 (default) or 256")
     how.add_argument("--damp", type=float, default=0.01, help="added to diag(H), relative to its mean (default: %(default)s)")
     how.add_argument(
@@ -89,17 +91,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text.add_argument("--seed", type=int, default=0, help="which sequences are drawn (default: %(default)s)")
     result = parser.add_argument_group("result")
     result.add_argument("--output", type=Path, metavar="DIR", help="write a checkpoint there; it must not exist")
+    result.add_argument("--plan", action="store_true", help="only say what would be done, what it takes, and what cannot work")
     result.add_argument("--evaluate", metavar="TEXT", help="perplexity and KL on this text, a source as for --calibration")
     result.add_argument("--windows", type=int, metavar="N", help="evaluate on the first N windows only")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     machine.add_argument("--resume", action="store_true", help="go on with an unfinished run into --output, if there is one")
-    machine.add_argument(
-        "--batch", type=int, metavar="N", help="sequences that run at once (default: 16384 tokens; 4096 on a CPU)"
-    )
+    machine.add_argument("--batch", type=int, metavar="N", help="sequences that run at once (default: by the model's width)")
     machine.add_argument(
         "--activations",
-        choices=("auto", "device", "host"),
+        choices=PLACES,
         default="auto",
         help="where hidden states are (default: by their size)",
     )
@@ -118,27 +119,29 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             setattr(args, name, value)
     if args.row_feedback and args.token_weights == "none":
         parser.error("--row-feedback needs the backward pass of --token-weights text or sampled")
-    args.batch = args.batch or max(1, TOKENS_AT_ONCE.get(args.device.split(":")[0], 4096) // args.length)
     for name in ("sequences", "windows", "length", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < (2 if name == "length" else 1):
             parser.error(f"--{name} {getattr(args, name)}: too few")
-    if args.output is None and args.evaluate is None:
-        parser.error("nothing to do: give --output, --evaluate or both")
+    if args.output is None and args.evaluate is None and not args.plan:
+        parser.error("nothing to do: give --output, --evaluate or both, or --plan")
     return args
 
 
-def run(args: argparse.Namespace) -> dict | None:
-    """The whole job; returns the report, on ranks other than 0 None."""
+def run(args: argparse.Namespace) -> dict | str | None:
+    """The whole job; returns the report, or the plan, or on ranks other than 0 None."""
     begin = time.perf_counter()
     if args.output:
         check_output(args.output, 0)
+    if args.plan:
+        return preview(args)
     args.device = local_device(args.device)
     job, tokenizer, held_out, about = prepare(args)
-    size = job.plan.checkpoint_bytes(parameters(job), job.config.format)
-    with destination(args.output) as output, ExitStack() as at_the_end:
+    size = job.plan.checkpoint_bytes(job.adapter.parameters(), job.config.format)
+    with ExitStack() as at_the_end:
+        output = (args.output or Path(at_the_end.enter_context(tempfile.TemporaryDirectory())) / "checkpoint").absolute()
         with joined(job.device, deterministic=args.deterministic) as team:
             for part, value in about.items():
-                team.check_same({"calibration": "calibration set", "code": "version of the code"}.get(part, part), value)
+                team.check_same("calibration set" if part == "calibration" else part, value)
             if team.rank == 0 and not unfinished_folder(output).exists():
                 check_output(output, int(1.05 * size) + 2**24)
             unfinished = Unfinished(output, about, len(job.adapter.names), resume=args.resume, team=team)
@@ -155,45 +158,41 @@ def run(args: argparse.Namespace) -> dict | None:
         return report
 
 
+def preview(args: argparse.Namespace) -> str:
+    """What `--plan` prints.  From the headers of the model's files; no weights and no text are read."""
+    with quiet():
+        adapter, _, _ = open_model(args.model, dtype=model_dtype(args), device="cpu")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    return make_preview(
+        adapter, quantization(args), args.sequences, args.length, args.token_weights,
+        batch=args.batch, on_host=PLACES[args.activations], ranks=ranks, output=args.output or Path("output"),
+    ).text()  # fmt: skip
+
+
+def quantization(args: argparse.Namespace) -> QuantConfig:
+    format = with_block(get_format(args.format), args.block)
+    more = DRIFTS[args.drift] | {"row_feedback": args.row_feedback}
+    return QuantConfig(format, args.method, args.scales, args.damp, tuple(args.ignore), **more)
+
+
+def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    return None if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
 def prepare(args: argparse.Namespace) -> tuple[Job, PreTrainedTokenizerBase, Tensor | None, dict]:
     """(what to do, tokenizer, windows to evaluate on, fingerprint); reads no weights of a model in safetensors files."""
-    config = QuantConfig(
-        with_block(get_format(args.format), args.block),
-        args.method,
-        args.scales,
-        args.damp,
-        tuple(args.ignore),
-        **DRIFTS[args.drift],
-        row_feedback=args.row_feedback,
-    )
+    config = quantization(args)
     texts = {source: read_documents(source) for source in (args.calibration, args.evaluate) if source}
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     with quiet():
-        adapter, tokenizer, files = open_model(args.model, dtype=dtype, device=args.device)
+        adapter, tokenizer, files = open_model(args.model, dtype=model_dtype(args), device=args.device)
     plan = make_plan(adapter, config)
     calibration, held_out = token_windows(args, texts, adapter.model, tokenizer)
     device = torch.device(args.device)
     settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {"block": config.format.block, "device": device.type}
-    job = Job(
-        adapter,
-        config,
-        plan,
-        calibration,
-        device,
-        weighing=args.token_weights,
-        seed=args.seed,
-        batch=args.batch,
-        on_host={"auto": None, "device": False, "host": True}[args.activations],
-    )
+    batch = args.batch or default_batch(adapter.config.hidden_size, args.length, device)
+    place = PLACES[args.activations]
+    job = Job(adapter, config, plan, calibration, device, args.token_weights, args.seed, batch, place)
     return job, tokenizer, held_out, fingerprint(files, calibration, settings)
-
-
-def local_device(device: str) -> str:
-    """The device of this process among those that torchrun started on the machine."""
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    return device
 
 
 @contextmanager
@@ -213,28 +212,13 @@ def bars(job: Job, *, hidden: bool) -> Iterator[Callable[[str, str], None]]:
             bar.close()
 
 
-def parameters(job: Job) -> int:
-    return sum(parameter.numel() for parameter in job.adapter.model.parameters())  # type: ignore[attr-defined]
-
-
-@contextmanager
-def destination(output: Path | None) -> Iterator[Path]:
-    """The output folder; without one, a temporary place for what is only evaluated."""
-    if output:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        yield output.absolute()
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder) / "checkpoint"
-
-
 def finish(
     args: argparse.Namespace, job: Job, tokenizer: PreTrainedTokenizerBase, held_out: Tensor | None, unfinished: Unfinished
 ) -> dict:
     """Writes what is not in a layer, has transformers read all of it back, and compares; returns the report."""
     folder, config = unfinished.checkpoint, job.config
     write_rest(folder, job.adapter, tokenizer, config.format, job.plan.ignored)
-    layers = layers_that_fit(job)
+    layers = layers_that_fit(len(job.adapter.names), job.adapter.parameters(), job.device)
     with quiet():
         tokens = job.calibration[:1, :VERIFY_TOKENS].to(job.device)
         difference = verify(folder, job.adapter, tokens, config.format, layers)
@@ -243,15 +227,6 @@ def finish(
     label = config.method if config.method == "gptq" or config.rule == "absmax" else f"{config.method}-{config.rule}"
     report = describe(args, config, unfinished.records(), compare(args, config, folder, label, held_out))
     return report | {"reload_max_abs_diff": difference, "reload_layers": layers}
-
-
-def layers_that_fit(job: Job) -> int:
-    """How many layers, in bfloat16, take no more than half of the memory: all, or enough to see that they read back."""
-    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if job.device.type == "cuda":
-        room = min(room, torch.cuda.mem_get_info(job.device)[0])
-    size, layers = DTYPE.itemsize * parameters(job), len(job.adapter.names)
-    return layers if size < room / 2 else max(2, int(layers * room / 2 / size))
 
 
 def token_windows(
@@ -294,9 +269,7 @@ def compare(
     if held_out is None:
         return {}
     with quiet():
-        original, _ = load_model(
-            args.model, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype), device=args.device
-        )
+        original, _ = load_model(args.model, dtype=model_dtype(args), device=args.device)
         checkpoint = (
             AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE, attn_implementation="sdpa").to(args.device).eval()
         )
@@ -304,36 +277,16 @@ def compare(
     return evaluate(models, tqdm(held_out, "evaluate", unit="window", disable=None))
 
 
-def table(report: dict) -> str:
-    """What a person wants to know at the end."""
-    linears = report["linears"]
-    settings = report["settings"]
-    lines = [f"{len(linears)} linears, {settings['format']}, {report['bytes'] / 1e6:.0f} MB, {report['seconds']:.0f} s"]
-    measured = [linear for linear in linears if linear["error"] is not None]
-    mean = {key: sum(linear[key] for linear in measured) / len(measured) for key in ("error", "rtn_error")}
-    worst = max(measured, key=lambda linear: linear["error"])
-    lines.append(f"relative output error: mean {mean['error']:.4f} (RTN absmax {mean['rtn_error']:.4f})")
-    lines.append(f"                       largest {worst['error']:.4f}, {worst['name']}")
-    scores = {name: value for name, value in report.items() if isinstance(value, dict) and "ppl" in value}
-    if scores:
-        first = next(iter(scores.values()))
-        lines.append(f"{first['tokens']} tokens in windows of {first['window']}:")
-        lines.append(f"  {'':10} {'token ppl':>10} {'KL (nats)':>10}")
-        lines += [f"  {name:10} {value['ppl']:10.3f} {value['kl']:10.5f}" for name, value in scores.items()]
-    if "reload_max_abs_diff" in report:
-        lines.append(f"read back by transformers: max |logit difference| = {report['reload_max_abs_diff']:g}")
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # said of every first backward pass on a GPU
     transformers.utils.logging.disable_progress_bar()
     rank = os.environ.get("RANK", "0")
     try:
         report = run(args)
         if report is not None:
-            print(table(report))
+            print(report if isinstance(report, str) else summary(report))
     except (ValueError, OSError, SafetensorError, CertificateError, ReadBackError, torch.OutOfMemoryError) as error:
         print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         return 1

@@ -46,6 +46,8 @@ RANK = {
     "ptq.held_out": 2,
     "ptq.collect": 8,
     "ptq.estimate": 12,
+    "ptq.preview": 14,
+    "ptq.summary": 1,
     "ptq.stage": 12,
     "ptq.runner": 13,
     "ptq.export": 13,

@@ -13,6 +13,7 @@ from ptq.models.llama import LlamaAdapter
 from ptq.plan import make_plan, with_block
 from ptq.runner import quantize_model
 from ptq.stage import CertificateError, Numbers, certify
+from ptq.token_weights import token_weights
 from ptq.watch import watch_linears
 
 from .tiny import tiny_model
@@ -199,3 +200,36 @@ def test_non_finite_weights_are_named_before_any_work():
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight holds 1 non-finite values, the first at \[3, 5\]"):
         next(quantize_model(LlamaAdapter(model), tokens().split(2), CONFIGS[0]))
+
+
+class SmallDevice(LlamaAdapter):
+    """A device on which more than `most` sequences at once do not fit."""
+
+    most = 2
+
+    def forward(self, layer, hidden):
+        if len(hidden) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return super().forward(layer, hidden)
+
+
+def test_out_of_memory_halves_the_batch_once_and_says_so():
+    batches = tokens(6).split(4)
+    expected = [q.codes for _, q in quantize_model(LlamaAdapter(tiny_model()), tokens(6).split(2), CONFIGS[0])]
+    with pytest.warns(UserWarning, match="out of memory in phase 'forward': going on with 2 sequences at once"):
+        done = [q.codes for _, q in quantize_model(SmallDevice(tiny_model()), batches, CONFIGS[0])]
+    assert all(torch.equal(a, b) for a, b in zip(done, expected, strict=True))
+    with pytest.warns(UserWarning, match="phase 'weigh'"):
+        weights = token_weights(SmallDevice(tiny_model()), batches, segment=1)
+    plain = token_weights(LlamaAdapter(tiny_model()), tokens(6).split(2), segment=1)
+    assert all(torch.equal(torch.cat(weights[name]), torch.cat(plain[name])) for name in plain)
+
+
+def test_out_of_memory_after_that_names_the_phase_and_what_to_set():
+    adapter = SmallDevice(tiny_model())
+    adapter.most = 1
+    with (
+        pytest.raises(torch.OutOfMemoryError, match=r"phase 'forward' with 2 sequences at once; set --batch 1"),
+        pytest.warns(),
+    ):
+        list(quantize_model(adapter, tokens(6).split(4), CONFIGS[0]))

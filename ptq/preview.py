@@ -1,0 +1,114 @@
+"""What `--plan` tells: the whole run before any weight is read."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ptq.activations import default_batch
+from ptq.adapter import Adapter
+from ptq.config import QuantConfig
+from ptq.estimate import Memory, Shape, memory, seconds, shape_of
+from ptq.export import existing_parent
+from ptq.formats import Format
+from ptq.plan import Plan, examine
+
+
+@dataclass(frozen=True)
+class Preview:
+    """`output`: bytes of the checkpoint; `free`: of the disk it goes to.  `ranks`: processes, one a GPU.
+    `more_work`: whether more is to be done than the estimates cover."""
+
+    plan: Plan
+    problems: tuple[str, ...]
+    format: Format
+    shape: Shape
+    parameters: int
+    output: int
+    free: int
+    memory: Memory
+    seconds: dict[str, float]
+    ranks: int
+    batch: int
+    more_work: bool
+
+    def all_problems(self) -> list[str]:
+        """Everything that will not work, and what will work badly."""
+        found = list(self.problems)
+        if self.free < 1.05 * self.output:
+            found.append(f"the checkpoint needs about {gb(self.output)} and the disk has {gb(self.free)} free")
+        starved = sorted({d_in for _, d_in in self.shape.stages if d_in > self.shape.tokens})
+        if self.shape.calibrate and starved:
+            found.append(
+                f"{self.shape.tokens} calibration tokens are fewer than the {', '.join(map(str, starved))} input columns of some "
+                "linears: their H is singular but for damping; give more text"
+            )
+        return found
+
+    def text(self) -> str:
+        plan, memory, shape = self.plan, self.memory, self.shape
+        kinds: dict[tuple[str, tuple[int, int]], int] = {}
+        for name, size in plan.linears.items():
+            kind = name.split(".layers.")[-1].split(".", 1)[-1], size
+            kinds[kind] = kinds.get(kind, 0) + 1
+        lines = [f"  {count:4} × {name:18} {size[0]:6} × {size[1]}" for (name, size), count in kinds.items()]
+        whole = 8 * self.output / self.parameters
+        place = "host" if memory.kept_on_host else "GPU"
+        lines = [
+            f"{len(plan.linears)} linears, {plan.weights / 1e6:.1f} of {self.parameters / 1e6:.1f} million parameters, "
+            f"{len(plan.ignored)} linears left alone",
+            *lines,
+            f"{self.format.name}: {self.format.bits_per_weight:g} bits a weight, {whole:.2f} over the whole checkpoint, "
+            f"{gb(self.output)}",
+            f"{shape.sequences} × {shape.length} tokens, {self.batch} sequences at once, {self.ranks} rank{'s'[: self.ranks > 1]}",
+            f"on GPUs, a rank takes up to {gb(memory.gpu)} of GPU memory and {gb(memory.host)} of host memory; hidden states "
+            f"{gb(memory.hidden)}, kept for the backward pass {gb(memory.kept)} ({place})",
+            f"about {sum(self.seconds.values()):.0f} s on H200s, reading the weights from the disk aside: "
+            + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()),
+        ]
+        if self.more_work:
+            lines.append("time and memory are those of --effort default: what --drift and --row-feedback add is not estimated")
+        problems = self.all_problems()
+        return "\n".join(
+            lines + (["nothing that cannot work was found"] if not problems else [f"problem: {p}" for p in problems])
+        )
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
+
+
+def make_preview(
+    adapter: Adapter,
+    config: QuantConfig,
+    sequences: int,
+    length: int,
+    weighing: str,
+    *,
+    batch: int | None,
+    on_host: bool | None,
+    ranks: int,
+    output: Path,
+) -> Preview:
+    """From shapes alone; `adapter` is one of ptq.models.  Raises ValueError where nothing is left to quantize."""
+    plan, problems = examine(adapter, config)
+    if not plan.linears:
+        raise ValueError(problems[0])
+    shape = shape_of(plan, adapter, sequences, length, config, weighing)
+    batch = min(sequences, batch or default_batch(shape.head[1], length, torch.device("cuda")))
+    parameters = adapter.parameters()
+    return Preview(
+        plan=plan,
+        problems=tuple(problems),
+        format=config.format,
+        shape=shape,
+        parameters=parameters,
+        output=plan.checkpoint_bytes(parameters, config.format),
+        free=shutil.disk_usage(existing_parent(output)).free,
+        memory=memory(shape, batch, ranks=ranks, on_host=on_host),
+        seconds=seconds(shape, ranks),
+        ranks=ranks,
+        batch=batch,
+        more_work=config.drift > 0 or config.row_feedback,
+    )

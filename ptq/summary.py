@@ -1,0 +1,22 @@
+"""A report in a few lines."""
+
+
+def summary(report: dict) -> str:
+    """What a person wants to know at the end of a run."""
+    linears = report["linears"]
+    settings = report["settings"]
+    lines = [f"{len(linears)} linears, {settings['format']}, {report['bytes'] / 1e6:.0f} MB, {report['seconds']:.0f} s"]
+    measured = [linear for linear in linears if linear["error"] is not None]
+    mean = {key: sum(linear[key] for linear in measured) / len(measured) for key in ("error", "rtn_error")}
+    worst = max(measured, key=lambda linear: linear["error"])
+    lines.append(f"relative output error: mean {mean['error']:.4f} (RTN absmax {mean['rtn_error']:.4f})")
+    lines.append(f"                       largest {worst['error']:.4f}, {worst['name']}")
+    scores = {name: value for name, value in report.items() if isinstance(value, dict) and "ppl" in value}
+    if scores:
+        first = next(iter(scores.values()))
+        lines.append(f"{first['tokens']} tokens in windows of {first['window']}:")
+        lines.append(f"  {'':10} {'token ppl':>10} {'KL (nats)':>10}")
+        lines += [f"  {name:10} {value['ppl']:10.3f} {value['kl']:10.5f}" for name, value in scores.items()]
+    if "reload_max_abs_diff" in report:
+        lines.append(f"read back by transformers: max |logit difference| = {report['reload_max_abs_diff']:g}")
+    return "\n".join(lines)

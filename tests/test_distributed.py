@@ -1,0 +1,117 @@
+"""Real ranks, started by torchrun, over gloo on the CPU."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptq.distributed import Team, assign
+
+from .conftest import ROOT
+from .test_script import main  # noqa: F401  # a fixture
+from .tiny import TEXT, save_tiny
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+# Every rank reads the text of its own number.
+OTHER_TEXT = f"""
+import os, runpy, sys
+sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv]
+runpy.run_path({str(ROOT / "scripts" / "quantize_llama.py")!r}, run_name="__main__")
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "report.json"}
+
+
+@pytest.fixture
+def arguments(tmp_path) -> list[str]:
+    save_tiny(tmp_path / "model")
+    (tmp_path / "text0.txt").write_text(TEXT)
+    (tmp_path / "text1.txt").write_text(TEXT[::-1])
+    common = ["--calibration", str(tmp_path / "text0.txt"), "--sequences", "9", "--length", "32", "--device", "cpu"]
+    return [str(tmp_path / "model"), *common, "--output"]
+
+
+def test_two_ranks_give_the_bytes_of_one(main, tmp_path, arguments):  # noqa: F811
+    script = str(ROOT / "scripts" / "quantize_llama.py")
+    command = [*TORCHRUN, script, *arguments, str(tmp_path / "two"), "--deterministic"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert main([*arguments, str(tmp_path / "one"), "--deterministic"]) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_rank_with_another_calibration_set_stops_the_job(tmp_path, arguments):
+    (tmp_path / "wrapper.py").write_text(OTHER_TEXT)
+    arguments[2] = str(tmp_path / "textRANK.txt")
+    command = [*TORCHRUN, str(tmp_path / "wrapper.py"), *arguments, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode != 0 and "rank 1 has another calibration set than rank 0" in done.stderr
+    assert sorted(path.name for path in tmp_path.glob("out*")) == []
+
+
+def test_a_dead_rank_ends_the_job_and_is_named(tmp_path, arguments):
+    script = str(ROOT / "scripts" / "quantize_llama.py")
+    command = [*TORCHRUN, script, *arguments, str(tmp_path / "out")]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    while not (tmp_path / "out.unfinished" / "layers").is_dir():
+        assert job.poll() is None, job.communicate()[1]
+        time.sleep(0.01)
+    os.kill(process_of_rank(1, job.pid), signal.SIGKILL)
+    killed = time.monotonic()
+    errors = job.communicate(timeout=60)[1]
+    assert job.returncode != 0 and time.monotonic() - killed < 60
+    root_cause = errors.split("Root Cause")[1]
+    assert "rank      : 1" in root_cause and "Signal 9 (SIGKILL)" in root_cause
+
+
+def process_of_rank(rank: int, parent: int) -> int:
+    """Among the children of torchrun."""
+    for children in Path(f"/proc/{parent}/task").glob("*/children"):
+        for child in children.read_text().split():
+            if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+                return int(child)
+    raise AssertionError("no such rank")
+
+
+@pytest.mark.parametrize("sequences", [8, 13, 128])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_ranks_share_the_sequences_in_groups_that_do_not_depend_on_them(sequences, size):
+    teams = [Team(rank, size) for rank in range(size)]
+    groups = [group for team in teams for group in team.groups(sequences)]
+    assert [i for group in groups for i in range(sequences)[group]] == list(range(sequences))
+    for team in teams:
+        share = team.share(sequences)
+        assert team.local_groups(sequences)[-1].stop == share.stop - share.start
+    if size != 3:
+        assert groups == Team().groups(sequences)
+
+
+def test_what_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="1 calibration sequences are too few to divide into 2 parts"):
+        Team(0, 2).share(1)
+    with pytest.raises(ValueError, match="--deterministic works on 1, 2, 4 or 8 ranks, not 3"):
+        Team(0, 3, deterministic=True)
+
+
+def test_work_goes_to_the_rank_with_the_least():
+    assert assign([5.0, 1.0, 2.0, 3.0], 2) == [0, 1, 1, 1] or assign([5.0, 1.0, 2.0, 3.0], 2) == [0, 0, 1, 1]
+    assert assign([1.0, 1.0], 1) == [0, 0]
+
+
+def test_alone_nothing_is_exchanged():
+    team, tensor = Team(), torch.ones(3)
+    team.sum_to(tensor, 0)
+    team.send(tensor, 0)
+    assert (
+        torch.equal(team.collect(tensor, 3), torch.ones(3))
+        and team.exchange("x") == ["x"]
+        and team.total(2, tensor.device) == 2
+    )

@@ -1,0 +1,81 @@
+"""The plan before the run: problems, sizes, and times against those measured on an H200."""
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+
+from ptq.config import QuantConfig
+from ptq.estimate import floor_seconds, memory, operations, seconds, shape_of
+from ptq.export import existing_parent
+from ptq.models.random import random_adapter, shape_config
+from ptq.plan import make_plan
+
+from .conftest import ROOT
+from .test_script import main  # noqa: F401  # a fixture
+from .tiny import TEXT, save_tiny
+
+ROWS = list(csv.DictReader((ROOT / "benchmarks" / "models.csv").open()))
+LATEST = [row for row in ROWS if row["commit"] == ROWS[-1]["commit"]]
+
+
+def shape(name, layers, sequences=128, length=2048):
+    adapter, config = random_adapter(shape_config(name, layers), torch.device("cpu")), QuantConfig(rule="joint")
+    return shape_of(make_plan(adapter, config), adapter, sequences, length, config, "sampled")
+
+
+@pytest.mark.parametrize(
+    "row", LATEST, ids=lambda row: "-".join(row[key] for key in ("shape", "layers", "sequences", "gpus", "scales"))
+)
+def test_estimates_are_near_what_was_measured(row):
+    found = shape(row["shape"], int(row["layers"]), int(row["sequences"]), int(row["length"]))
+    total, gpus = float(row["seconds_total"]), int(row["gpus"])
+    assert total / 1.3 < sum(seconds(found, gpus).values()) < total * 1.3
+    assert floor_seconds(found) / gpus == pytest.approx(float(row["floor_seconds"]), abs=0.01)
+    if row["deterministic"] == "False":  # its partial sums are not in the estimate
+        peak = memory(found, int(row["batch"]), ranks=gpus).gpu / 1e9
+        assert peak == pytest.approx(float(row["peak_gpu_gb"]), rel=0.3)
+
+
+def test_operations_are_those_of_a_count_by_hand():
+    """One layer of Llama-3.1-8B, 2048 tokens."""
+    one = shape("Llama-3.1-8B", 1, sequences=1)
+    weights = 4096 * (4096 + 1024 + 1024) + 4096 * 4096 + 3 * 4096 * 14336
+    counts = operations(one)
+    attention = 2 * 2 * 4096 * 2048 * 2048 / 2  # two products with half of a square of scores each
+    assert counts["forward"] == 2 * (2 * 2048 * weights + attention)
+    assert counts["factorization"] == pytest.approx(2 / 3 * (3 * 4096**3 + 14336**3))
+
+
+def test_a_70b_model_keeps_the_inputs_of_its_segments_on_the_host():
+    whole = memory(shape("Llama-3.1-70B", 80), 4)
+    assert whole.kept_on_host and whole.kept == 9 * 128 * 2048 * 8192 * 2 and whole.gpu < 60e9
+
+
+def test_the_plan_lists_everything_that_will_not_work(main, tmp_path, capsys, monkeypatch):  # noqa: F811
+    save_tiny(tmp_path / "model", intermediate_size=172)
+    arguments = [str(tmp_path / "model"), "--plan", "--sequences", "2", "--length", "64", "--ignore", "re:.*q_proj", "nothing"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "172 input columns, which blocks of 16 do not divide" in printed
+    assert "leaves model.layers.0.self_attn.q_proj alone but not model.layers.0.self_attn.k_proj" in printed
+    assert "--ignore 'nothing' matches no linear" in printed
+    assert "128 calibration tokens are fewer than the 172 input columns" in printed
+    assert len(re.findall("^problem: ", printed, flags=re.M)) == 5
+
+
+def test_the_plan_tells_the_size_of_the_checkpoint(main, tmp_path, capsys):  # noqa: F811
+    save_tiny(tmp_path / "model")
+    (tmp_path / "text").write_text(TEXT)
+    common = [str(tmp_path / "model"), "--sequences", "8", "--length", "64", "--device", "cpu"]
+    assert main([*common, "--plan"]) == 0
+    planned = capsys.readouterr().out
+    assert "14 linears" in planned and "4.5 bits a weight" in planned and "nothing that cannot work was found" in planned
+    assert main([*common, "--calibration", str(tmp_path / "text"), "--output", str(tmp_path / "out")]) == 0
+    stored = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    found = re.search(r"over the whole checkpoint, ([\d.]+) MB", planned)
+    # three digits are printed, and tensor scales are not counted
+    assert found and float(found[1]) * 1e6 == pytest.approx(stored, rel=1e-2)
+    assert existing_parent(tmp_path / "a" / "b") == tmp_path
