@@ -100,12 +100,13 @@ def all_windows(encode: Callable[[str], list[int]], documents: list[str], length
     return torch.tensor(tokens[: count * length]).view(count, length)
 
 
-def sample_windows(windows: Tensor, count: int, seed: int, source: str) -> Tensor:
-    """`count` of the windows (n, length), drawn without replacement.  Raises ValueError where there are fewer."""
-    if len(windows) < count:
+def sample_windows(windows: Tensor, count: int, seed: int, source: str, *, held_out: int = 0) -> Tensor:
+    """`count` of the windows (n, length), then `held_out` more, drawn without replacement.  Raises ValueError for too few."""
+    if len(windows) < count + held_out:
+        apart = f" and {held_out} to hold out" if held_out else ""
         raise ValueError(
-            f"text {source!r} gives {len(windows)} sequences of {windows.shape[1]} tokens, fewer than the {count} asked for; "
-            "give more text, or ask for fewer or shorter sequences"
+            f"text {source!r} gives {len(windows)} sequences of {windows.shape[1]} tokens, fewer than the {count} asked for{apart}"
+            "; give more text, or ask for fewer or shorter sequences"
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows[order[:count]]
+    return windows[order[: count + held_out]]

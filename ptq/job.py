@@ -19,7 +19,8 @@ from ptq.unfinished import Unfinished
 @dataclass(frozen=True)
 class Job:
     """`calibration` (sequences, length): of all ranks, on the CPU.  `weighing`: none, text or sampled (ptq.token_weights), `seed`
-    draws its labels.  `batch`: sequences that run at once.  `on_host`: whether hidden states are in host memory; None, by size."""
+    draws its labels.  `batch`: sequences that run at once.  `on_host`: whether hidden states are in host memory; None, by size.
+    `held_out` (n, length): sequences to measure every linear on, on all ranks the same."""
 
     adapter: Adapter
     config: QuantConfig
@@ -30,12 +31,18 @@ class Job:
     seed: int = 0
     batch: int = 8
     on_host: bool | None = None
+    held_out: Tensor | None = None
 
 
 def do_layers(
     job: Job, unfinished: Unfinished, team: Team, progress: Callable[[str, str], None] = lambda what, name: None
 ) -> None:
-    """All layers are in the unfinished folder afterwards.  progress("weigh" | "quantize", layer) as each is done."""
+    """All layers are in the unfinished folder afterwards.  progress("weigh" | "quantize", layer) as each is done.
+
+    Raises ValueError for row feedback on several ranks that are to be deterministic: G is added up rank by rank.
+    """
+    if job.config.row_feedback and team.deterministic and team.size > 1:
+        raise ValueError("--row-feedback is not --deterministic on several ranks; use one rank, or leave one of the two out")
     share = team.share(len(job.calibration))
     batches = job.calibration[share].to(job.device).split(job.batch)
     weights, curvature = weigh(job, batches, share, unfinished, team, progress)
@@ -47,6 +54,7 @@ def do_layers(
         job.plan,
         weights,
         curvature,
+        None if job.held_out is None else job.held_out.to(job.device),
         team=team,
         finished=unfinished.finished,
         restore=lambda index, layer: unfinished.restore(names[index], index, layer, job.config.format),

@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[dict, dict[str, Score], 
     yield {"method": "original"}, scores(model, model, tests), []
     cases = [case.split("-") for case in args.cases]
     for seed in args.seeds:
-        drawn = sample_windows(calibration, args.sequences + HELD_OUT, seed, args.calibration[0])
+        drawn = sample_windows(calibration, args.sequences, seed, args.calibration[0], held_out=HELD_OUT)
         batches, held_out = drawn[: args.sequences].to(args.device).split(16), drawn[args.sequences :]
         weights, curvature = weights_of(model, batches, seed, cases)
         for format in args.formats:

@@ -52,7 +52,7 @@ PLACES = {"auto": None, "device": False, "host": True}
 VERIFY_TOKENS = 128
 SETTINGS = ("format", "method", "effort", "scales", "token_weights", "drift", "row_feedback", "damp", "ignore")
 BYTES_DEPEND_ON = (*SETTINGS, "seed", "dtype", "deterministic")
-SETTINGS += ("calibration", "sequences", "length", "seed", "evaluate", "windows")
+SETTINGS += ("calibration", "sequences", "held_out", "length", "seed", "evaluate", "windows")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -88,6 +88,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text.add_argument(
         "--length", type=int, default=1024, metavar="N", help="tokens a sequence or window (default: %(default)s)"
     )
+    text.add_argument(
+        "--held-out", type=int, default=4, metavar="N", help="more sequences, to measure every linear on (default: %(default)s)"
+    )
     text.add_argument("--seed", type=int, default=0, help="which sequences are drawn (default: %(default)s)")
     result = parser.add_argument_group("result")
     result.add_argument("--output", type=Path, metavar="DIR", help="write a checkpoint there; it must not exist")
@@ -99,10 +102,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     machine.add_argument("--resume", action="store_true", help="go on with an unfinished run into --output, if there is one")
     machine.add_argument("--batch", type=int, metavar="N", help="sequences that run at once (default: by the model's width)")
     machine.add_argument(
-        "--activations",
-        choices=PLACES,
-        default="auto",
-        help="where hidden states are (default: by their size)",
+        "--activations", choices=PLACES, default="auto", help="where hidden states are (default: by their size)"
     )
     machine.add_argument(
         "--deterministic", action="store_true", help="the same bits on 1, 2, 4 or 8 ranks (torchrun), at some cost"
@@ -122,6 +122,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("sequences", "windows", "length", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < (2 if name == "length" else 1):
             parser.error(f"--{name} {getattr(args, name)}: too few")
+    if args.held_out < 0:
+        parser.error(f"--held-out {args.held_out}: 0 or more")
     if args.output is None and args.evaluate is None and not args.plan:
         parser.error("nothing to do: give --output, --evaluate or both, or --plan")
     return args
@@ -186,12 +188,12 @@ def prepare(args: argparse.Namespace) -> tuple[Job, PreTrainedTokenizerBase, Ten
     with quiet():
         adapter, tokenizer, files = open_model(args.model, dtype=model_dtype(args), device=args.device)
     plan = make_plan(adapter, config)
-    calibration, held_out = token_windows(args, texts, adapter.model, tokenizer)
+    calibration, apart, held_out = token_windows(args, texts, adapter.model, tokenizer)
     device = torch.device(args.device)
     settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {"block": config.format.block, "device": device.type}
     batch = args.batch or default_batch(adapter.config.hidden_size, args.length, device)
     place = PLACES[args.activations]
-    job = Job(adapter, config, plan, calibration, device, args.token_weights, args.seed, batch, place)
+    job = Job(adapter, config, plan, calibration, device, args.token_weights, args.seed, batch, place, apart)
     return job, tokenizer, held_out, fingerprint(files, calibration, settings)
 
 
@@ -231,15 +233,16 @@ def finish(
 
 def token_windows(
     args: argparse.Namespace, texts: dict[str, list[str]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Tensor, Tensor | None]:
-    """Calibration sequences (n, length), and the windows to evaluate on, if any."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Calibration sequences (n, length), those held out to measure linears on, and the windows to evaluate on, if any."""
     windows = {
         source: all_windows(lambda text: tokenizer(text, verbose=False)["input_ids"], documents, args.length, source)  # type: ignore[arg-type]
         for source, documents in texts.items()
     }
     check_fit(max(int(tokens.max()) for tokens in windows.values()), model, args.model)
-    calibration = sample_windows(windows[args.calibration], args.sequences, args.seed, args.calibration)
-    return calibration, windows[args.evaluate][: args.windows] if args.evaluate else None
+    drawn = sample_windows(windows[args.calibration], args.sequences, args.seed, args.calibration, held_out=args.held_out)
+    apart = drawn[args.sequences :] if args.held_out else None
+    return drawn[: args.sequences], apart, windows[args.evaluate][: args.windows] if args.evaluate else None
 
 
 def describe(args: argparse.Namespace, config: QuantConfig, records: list[Record], scores: dict[str, Score]) -> dict:

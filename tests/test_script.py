@@ -167,7 +167,8 @@ def test_babyllama_loses_half_as_much_as_rtn(main, shared, tmp_path):
     for name, part in (("calibration", stories[:3]), ("test", stories[3:5])):
         (tmp_path / f"{name}.txt").write_text("".join(part))
     arguments = [str(shared / "babyllama-tok105"), "--calibration", str(tmp_path / "calibration.txt"), "--length", "128"]
-    arguments += ["--sequences", "12", "--evaluate", str(tmp_path / "test.txt"), "--output", str(tmp_path / "out")]
+    arguments += ["--sequences", "12", "--held-out", "2"]
+    arguments += ["--evaluate", str(tmp_path / "test.txt"), "--output", str(tmp_path / "out")]
     assert main(arguments) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["gptq"]["kl"] < 0.5 * report["rtn"]["kl"]
