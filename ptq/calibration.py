@@ -93,7 +93,12 @@ def all_windows(encode: Callable[[str], list[int]], documents: list[str], length
 
     `encode` turns a text into token ids.  Raises ValueError where there is not one window.
     """
-    tokens = [token for text in documents for token in encode(text)]
+    return join_windows([encode(text) for text in documents], length, source)
+
+
+def join_windows(encoded: list[list[int]], length: int, source: str) -> Tensor:
+    """The same of documents that are token ids already."""
+    tokens = [token for ids in encoded for token in ids]
     count = len(tokens) // length
     if not count:
         raise ValueError(f"text {source!r} has {len(tokens)} tokens, too few for one window of {length}")

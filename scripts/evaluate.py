@@ -10,7 +10,6 @@ docs/evaluation.md says what the numbers mean.
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import logging
@@ -25,13 +24,16 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ptq.calibration import read_documents
 from ptq.eval.checkpoint import Loaded, bits_per_weight, load_any, size_on_disk
 from ptq.eval.harness import run_tasks, task_manager
+from ptq.eval.logits import KeptLogits, Logits
+from ptq.eval.logits import run as run_model
 from ptq.eval.report import markdown, page
-from ptq.eval.text import Text, measure_text
+from ptq.eval.text import First, Text, measure_text, tokenize
 from ptq.models.loading import locate, quiet
 
 
@@ -42,6 +44,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text.add_argument("--text", metavar="FILE", help=".txt, .jsonl[.gz], dataset id or builtin-heldout, for perplexity and KL")
     text.add_argument("--window", type=int, default=2048, metavar="N", help="tokens a window (default: %(default)s)")
     text.add_argument("--windows", type=int, metavar="N", help="the first N windows only")
+    text.add_argument(
+        "--logits",
+        metavar="DIR",
+        help="keep the first model's logits in a temporary file there (default: beside the output); or `again`: run it anew "
+        "beside every other model, which is faster where it is small and the disk slow",
+    )
     tasks = parser.add_argument_group("lm-eval")
     tasks.add_argument("--tasks", metavar="A,B", help="names that lm-eval knows")
     tasks.add_argument("--task-data", type=Path, metavar="DIR", help="take the items from NAME.SPLIT.jsonl[.gz] there, offline")
@@ -81,7 +89,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     paths = {label: Path(f"{args.output}.{label}.json") for label in labels(args.models)}
     check_outputs(args, list(paths.values()))
     documents = read_documents(args.text) if args.text else []
-    first = Reference(args)
+    first = Reference(args, next(iter(paths)))
     results = []
     with quiet(), task_manager(args.tasks, args.task_data, args.fewshot) if args.tasks else nullcontext() as manager:
         for (label, path), source in zip(paths.items(), args.models, strict=True):
@@ -93,27 +101,47 @@ def run(args: argparse.Namespace) -> list[dict]:
             loaded = first.load() if not results else load(source, args)
             result = describe(label, loaded, args) | {"settings": wanted, "text": None, "tasks": {}}
             if args.text:
-                original = (first.load().model, results[0]["text"]["fingerprint"]) if results else None
-                result["text"] = measure(label, loaded, documents, args, original)
+                result["text"] = measure(label, loaded, documents, args, first, results[0]["text"] if results else None)
             if manager is not None:
                 chosen = {name: getattr(args, name) for name in ("limit", "fewshot", "batch_size", "max_length")}
                 result["tasks"] = run_tasks(loaded.model, loaded.tokenizer, args.tasks, manager, **chosen)
             write(path, json.dumps(result, indent=1))
             results.append(result)
+            first.release()
+            del loaded  # before the next model needs the memory
     write(Path(f"{args.output}.md"), markdown(results))
     write(Path(f"{args.output}.html"), page(results))
     return results
 
 
 class Reference:
-    """The first model, loaded when it is first needed and then kept."""
+    """The first model, loaded when it is needed, and its logits, which are computed once and kept in a file."""
 
-    def __init__(self, args: argparse.Namespace):
-        self._args = args
+    def __init__(self, args: argparse.Namespace, label: str):
+        self._args, self._label = args, label
+        self._loaded: Loaded | None = None
+        self._kept: KeptLogits | None = None
 
-    @functools.cache  # noqa: B019  # lives as long as the run
     def load(self) -> Loaded:
-        return load(self._args.models[0], self._args)
+        self._loaded = self._loaded or load(self._args.models[0], self._args)
+        return self._loaded
+
+    def logits(self, windows: int) -> Logits:
+        """Those of the first `windows` windows, for which they are kept unless `--logits again` or nothing else needs them."""
+        if self._args.logits == "again" or len(self._args.models) == 1:
+            return self._compute
+        folder = Path(self._args.logits) if self._args.logits else self._args.output.absolute().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        self._kept = self._kept or KeptLogits(self._compute, folder, windows)
+        return self._kept
+
+    def _compute(self, index: int, window: Tensor) -> Tensor:
+        return run_model(self.load().model, self._label)(index, window)
+
+    def release(self) -> None:
+        """Drops the model where its logits are all there."""
+        if self._kept and self._kept.complete:
+            self._loaded = None
 
 
 def load(source: str, args: argparse.Namespace) -> Loaded:
@@ -182,10 +210,19 @@ def describe(label: str, loaded: Loaded, args: argparse.Namespace) -> dict[str, 
     }
 
 
-def measure(label: str, loaded: Loaded, documents: list[str], args: argparse.Namespace, first: tuple | None) -> dict[str, Any]:
-    """The text's part of a result, with a progress bar."""
+def measure(
+    label: str, loaded: Loaded, documents: list[str], args: argparse.Namespace, first: Reference, earlier: dict | None
+) -> dict[str, Any]:
+    """The text's part of a result, with a progress bar.  earlier: the first model's; None for that model itself."""
     text = Text(args.text, documents, args.window, args.windows)
-    return measure_text(label, loaded, text, first, lambda windows: tqdm(windows, label, unit="window", disable=None))
+    tokens = tokenize(label, loaded, text)
+    kept = first.logits(len(tokens.windows))
+    logits, other = run_model(loaded.model, label), None
+    if earlier is None:
+        logits = kept
+    else:
+        other = First(kept, earlier["fingerprint"], earlier["vocabulary"])
+    return measure_text(label, loaded, logits, text, tokens, other, lambda w: tqdm(w, label, unit="window", disable=None))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -92,6 +92,28 @@ def test_results_survive_an_interruption_and_are_reused_on_request_only(script, 
     assert script.main([*arguments, "--reuse", "--limit", "5"]) == 0 and len(calls) == 5
 
 
+def test_the_first_models_logits_are_computed_once(script, job, monkeypatch):
+    folder, arguments = job
+    arguments = [str(folder / "first"), *arguments[:8], "--output", str(folder / "out" / "run"), "--device", "cpu"]
+    calls, run_model = [], script.run_model
+
+    def counted(model, name):
+        def logits(index, window):
+            calls.append((name, index))
+            return run_model(model, name)(index, window)
+
+        return logits
+
+    monkeypatch.setattr(script, "run_model", counted)
+    assert script.main(arguments) == 0
+    assert sorted(calls) == [(name, i) for name in ("first", "first-2", "other") for i in range(5)]
+    kept = result(folder, "other")["text"]
+    for path in (folder / "out").iterdir():
+        path.unlink()
+    assert script.main([*arguments, "--logits", "again"]) == 0
+    assert result(folder, "other")["text"] == kept and len(calls) == 15 + 25
+
+
 def test_a_quantized_checkpoint_counts_its_scales(script, job):
     folder, arguments = job
     quantized = folder / "quantized"

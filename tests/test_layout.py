@@ -64,6 +64,14 @@ RANK = {
     "ptq.eval.report": 16,
     "ptq.eval.text": 17,
     "scripts": 18,
+    "ptq.models.loading": 14,
+    "ptq.eval.logits": 13,
+    "ptq.eval": 14,
+    "ptq.eval.checkpoint": 15,
+    "ptq.eval.harness": 15,
+    "ptq.eval.report": 15,
+    "ptq.eval.text": 16,
+    "scripts": 17,
 }
 ONLY_IN = {
     "transformers": ("ptq.models", "ptq.eval", "ptq.export", "scripts"),
