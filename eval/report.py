@@ -49,14 +49,17 @@ def tables(results: Sequence[Result]) -> list[Table]:
 
 
 def models_table(results: Sequence[Result]) -> Table:
-    head = ["model", "dtype", "size on disk", "bits per weight", "load"]
+    made = any(r.get("made_by") for r in results)
+    head = ["model", "dtype", "size on disk", "bits per weight", "load", *(["made by", "in"] if made else [])]
     rows = []
     for r in results:
         size, bits = number(r["bytes"], lambda count: f"{count / 1e6:.2f} MB"), number(r["bits_per_weight"], "{:.3f}".format)
-        rows.append([r["label"], r["dtype"], size, bits, f"{r['load_seconds']:.2f} s"])
-    return Table(
-        "Models", "Bits per weight: all that is stored for the linears, scales included, over their weights.", head, rows
-    )
+        row = [r["label"], r["dtype"], size, bits, number(r["load_seconds"], "{:.2f} s".format)]
+        if made:
+            row += [number(r.get("made_by"), str), number(r.get("quantize_seconds"), "{:.1f} s".format)]
+        rows.append(row)
+    note = "Bits per weight: all that is stored for the linears, scales included, over their weights."
+    return Table("Models", note, head, rows)
 
 
 def text_table(results: Sequence[Result]) -> Table:

@@ -10,14 +10,12 @@ docs/evaluation.md says what the numbers mean.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from ptq.eval.harness import run_tasks, task_manager
 from ptq.eval.logits import KeptLogits, Logits
 from ptq.eval.logits import run as run_model
 from ptq.eval.report import markdown, page
+from ptq.eval.results import labels, provenance, stamp, surroundings, write
 from ptq.eval.text import First, Text, measure_text, tokenize
 from ptq.models.loading import locate, quiet
 
@@ -99,7 +98,7 @@ def run(args: argparse.Namespace) -> list[dict]:
                 results.append(earlier)
                 continue
             loaded = first.load() if not results else load(source, args)
-            result = describe(label, loaded, args) | {"settings": wanted, "text": None, "tasks": {}}
+            result = describe(label, source, loaded, args) | {"settings": wanted, "text": None, "tasks": {}}
             if args.text:
                 result["text"] = measure(label, loaded, documents, args, first, results[0]["text"] if results else None)
             if manager is not None:
@@ -154,16 +153,6 @@ def load(source: str, args: argparse.Namespace) -> Loaded:
     return loaded
 
 
-def labels(sources: Sequence[str]) -> list[str]:
-    """Short names for the models: the last part of the path, numbered where they repeat."""
-    names: list[str] = []
-    for source in sources:
-        name = Path(source).expanduser().resolve().name if Path(source).exists() else source.rpartition("/")[2]
-        taken = sum(other == name or other.startswith(f"{name}-") for other in names)
-        names.append(f"{name}-{taken + 1}" if name in names else name)
-    return names
-
-
 def check_outputs(args: argparse.Namespace, paths: Sequence[Path]) -> None:
     """Raises ValueError where results would be overwritten, or cannot be written."""
     present = [path for path in paths if path.exists()]
@@ -174,14 +163,6 @@ def check_outputs(args: argparse.Namespace, paths: Sequence[Path]) -> None:
         raise ValueError(f"output {args.output} cannot be made: {parent} is not a folder one may write to")
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n")
-    partial.replace(path)
-
-
 def settings(args: argparse.Namespace, source: str) -> dict[str, Any]:
     """What a result depends on: a result is reused only where this is the same."""
     chosen = ("text", "window", "windows", "tasks", "limit", "fewshot", "batch_size", "max_length", "device", "dtype")
@@ -190,23 +171,15 @@ def settings(args: argparse.Namespace, source: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in chosen} | {"task_data": data, "model": source, "files": files}
 
 
-def stamp(source: str) -> str | None:
-    """A hash of names, sizes and times of the files of a local model or text; None for a hub id."""
-    path = Path(source).expanduser()
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] if files else None
-
-
-def describe(label: str, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+def describe(label: str, source: str, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "label": label,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "bytes": size_on_disk(loaded.files),
         "bits_per_weight": bits_per_weight(loaded.model, loaded.files),
         "load_seconds": loaded.seconds,
-        "versions": {name: version(name) for name in ("torch", "transformers", "lm_eval")},
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
+        **provenance(source),
+        **surroundings(args.device),
     }
 
 

@@ -44,7 +44,8 @@ def test_equals_lm_eval_itself(babyllama, shared, tmp_path, monkeypatch):
         (tmp_path / path.stem).write_text("\n".join(lines))
         data = {local.split: Dataset.from_list([json.loads(line) for line in lines])}
         config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / local.config, resolve_func=True)
-        config |= {"custom_dataset": lambda data=data, **_: data, "training_split": None}
+        config |= {"custom_dataset": lambda data=data, **_: data}
+        config |= {key: None for key in ("training_split", "validation_split", "test_split") if config.get(key) != local.split}
         tasks.append(ConfigurableTask(config={key: value for key, value in config.items() if key != "tag"}))
     with task_manager(names, tmp_path) as manager:
         ours = run_tasks(model, tokenizer, names, manager, limit=limit, batch_size=2)
@@ -115,7 +116,9 @@ def test_non_finite_logits_stop_a_task_with_the_layer(tmp_path):
     (tmp_path / "lambada_openai.test.jsonl").write_text(json.dumps({"text": "a b c d"}))
     with (
         task_manager(["lambada_openai"], tmp_path) as manager,
-        pytest.raises(ValueError, match=r"in an lm-eval task; the first non-finite values come out of model.layers.1.self_attn.o"),
+        pytest.raises(
+            ValueError, match=r"in an lm-eval task; the first non-finite values come out of model.layers.1.self_attn.o"
+        ),
     ):
         run_tasks(model, tokenizer, ["lambada_openai"], manager)
 

@@ -50,6 +50,8 @@ RANK = {
     "ptq.summary": 1,
     "ptq.stage": 12,
     "ptq.runner": 13,
+    "ptq.runner": 12,
+    "ptq.shared_hessians": 12,
     "ptq.export": 13,
     "ptq.unfinished": 14,
     "ptq.job": 15,

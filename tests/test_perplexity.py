@@ -79,7 +79,9 @@ def test_logits_that_do_not_fit_on_the_disk_are_refused_before_they_are_written(
 def test_non_finite_logits_name_the_layer_that_made_them(place, message):
     model = tiny_model()
     model.get_submodule(place).weight.data.flatten()[0] = float("nan")
-    with pytest.raises(ValueError, match=f"model 'a' gave non-finite logits in window 0; the first non-finite values {message}"):
+    with pytest.raises(
+        ValueError, match=f"model 'a' gave non-finite logits in window 0; the first non-finite values {message}"
+    ):
         evaluate({"a": model}, windows())
     assert not any(module._forward_hooks for module in model.modules())
 
