@@ -107,7 +107,6 @@ def run_tasks(
     """
     from lm_eval.evaluator import evaluate
 
-    # A cache of logits groups requests by their context, and then results depend on the batch size.
     # Its prints belong to a log.
     with redirect_stdout(sys.stderr), patch.dict(os.environ, DISABLE_MULTIPROC="1"):
         lm = checked_model()(
@@ -115,7 +114,6 @@ def run_tasks(
             tokenizer=tokenizer,  # type: ignore[arg-type]
             batch_size=batch_size,
             max_length=max_length,
-            logits_cache=False,
         )
         results = evaluate(lm, load(names, manager, fewshot), limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
     assert results is not None
@@ -123,10 +121,16 @@ def run_tasks(
 
 
 def checked_model() -> Any:
-    """lm-eval's class for models in memory, which stops at logits that are not finite; lm-eval would count them as wrong."""
+    """lm-eval's class for models in memory, which stops at logits that are not finite; lm-eval would count them as an answer."""
     from lm_eval.models.huggingface import HFLM
 
     class Checked(HFLM):
+        def loglikelihood_rolling(self, *args: Any, **options: Any) -> list[float]:
+            # The cache makes one run of requests that differ in their last token only.  Windows of a page that hold the same
+            # tokens but predict other numbers of them look like that to it, and then results depend on the batch size.
+            with patch.object(self, "logits_cache", False):
+                return super().loglikelihood_rolling(*args, **options)
+
         def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
             logits = super()._model_call(inps, *args, **options)
             check_finite(logits, self.model, inps, "the model gave non-finite logits in an lm-eval task")
