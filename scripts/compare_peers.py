@@ -14,9 +14,11 @@ that fails is named with its error, and the others go on; its whole output is in
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,7 @@ ENVIRONMENTS = {
     "llm-compressor": ["llmcompressor==0.14.0.1"],  # pins compressed-tensors 0.19.0 and transformers <= 5.17
     "modelopt": ["nvidia-modelopt==0.47.0", "transformers==5.17.0", "accelerate", "triton"],
     "auto-round": ["auto-round==0.14.2", "transformers==5.17.0"],
+    "qwantize": ["qwantize==0.1.1", "transformers==5.17.0"],
 }
 
 
@@ -70,6 +73,7 @@ RECIPES = {
     "modelopt-nvfp4-max": Recipe("modelopt", "peers/model_optimizer.py", ("max",)),
     "modelopt-nvfp4-mse": Recipe("modelopt", "peers/model_optimizer.py", ("mse",), STATIC),
     "modelopt-nvfp4-local_hessian": Recipe("modelopt", "peers/model_optimizer.py", ("local_hessian",), STATIC),
+    "qwantize-nvfp4": Recipe("qwantize", "peers/qwantize_nvfp4.py", ("optimal_hessian",)),
     "autoround-nvfp4": Recipe("auto-round", "peers/auto_round_nvfp4.py", ("200",)),
 }
 
@@ -87,11 +91,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="which sequences are drawn (default: %(default)s)")
     parser.add_argument("--block", type=int, default=128, metavar="N", help="weights a scale of int4 (default: %(default)s)")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="checkpoints, tokens and logs")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="of the report, as evaluate.py's")
+    parser.add_argument("--output", metavar="PREFIX", help="of the report, as evaluate.py's (default: make checkpoints only)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="recipes at a time (default: %(default)s)")
     parser.add_argument("--environments", type=Path, default=Path("build/peers"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--python", nargs="+", default=[], metavar="PEER=COMMAND", help="an environment that is there already")
     args = parser.parse_args(argv)
     args.python = dict(pair.split("=", 1) if "=" in pair else parser.error(f"--python {pair}: no =") for pair in args.python)
+    args.ours = [pair.split("=", 1) if "=" in pair else parser.error(f"--ours {pair}: no =") for pair in args.ours]
+    args.all = RECIPES | {name: ours(*shlex.split(options)) for name, options in args.ours}
+    args.recipes = list(dict.fromkeys([*args.recipes, *(name for name, _ in args.ours)]))
+    strange = [name for name in args.recipes if name not in args.all]
+    if strange:
+        parser.error(f"recipe {strange[0]!r}: there are {', '.join(args.all)}")
     unknown = args.python.keys() - ENVIRONMENTS.keys()
     if unknown:
         parser.error(f"--python {min(unknown)}: peers are {', '.join(ENVIRONMENTS)}")
@@ -136,9 +147,9 @@ def interpreter(environment: str, args: argparse.Namespace) -> str:
     return str(python)
 
 
-def make(name: str, args: argparse.Namespace) -> str | None:
-    """Runs a recipe; None, or why there is no checkpoint."""
-    recipe, output = RECIPES[name], args.work / name
+def make(name: str, python: str, args: argparse.Namespace) -> str | None:
+    """Runs a recipe by that python; None, or why there is no checkpoint."""
+    recipe, output = args.all[name], args.work / name
     if recipe.needs_gpu and not torch.cuda.is_available():
         return f"needs a GPU: {recipe.needs_gpu}"
     given = [argument.format(block=args.block) for argument in recipe.arguments]
@@ -148,7 +159,7 @@ def make(name: str, args: argparse.Namespace) -> str | None:
         arguments = [original, "--output", str(output), *chosen, *given]
     else:
         arguments = [original, tokens, str(output), *given]
-    command = [interpreter(recipe.environment, args), str(SCRIPTS / recipe.runner), *arguments]
+    command = [python, str(SCRIPTS / recipe.runner), *arguments]
     begin = time.perf_counter()
     log = args.work / f"{name}.log"
     with log.open("w") as file:
@@ -167,8 +178,13 @@ def run(args: argparse.Namespace) -> dict[str, str]:
     """Makes what is missing, evaluates what there is; returns why the rest is not there."""
     args.work.mkdir(parents=True, exist_ok=True)
     prepare(args)
-    missing = {name: make(name, args) for name in args.recipes if not (args.work / name / "config.json").is_file()}
-    missing = {name: reason for name, reason in missing.items() if reason}
+    wanted = [name for name in args.recipes if not (args.work / name / "config.json").is_file()]
+    pythons = {name: interpreter(name, args) for name in sorted({args.all[name].environment for name in wanted})}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        reasons = pool.map(lambda name: make(name, pythons[args.all[name].environment], args), wanted)
+        missing = {name: reason for name, reason in zip(wanted, reasons, strict=True) if reason}
+    if not args.output:
+        return missing
     models = ["original", *(name for name in args.recipes if name not in missing)]
     command = [sys.executable, str(SCRIPTS / "evaluate.py"), *(str(args.work / name) for name in models)]
     subprocess.run([*command, "--output", args.output, "--reuse", *args.evaluation], check=True)
