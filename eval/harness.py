@@ -121,7 +121,7 @@ def run_tasks(
 
 
 def checked_model() -> Any:
-    """lm-eval's class for models in memory, which stops at logits that are not finite; lm-eval would count them as an answer."""
+    """lm-eval's class for models in memory, which stops, where lm-eval would count an answer, at logits that are not finite."""
     from lm_eval.models.huggingface import HFLM
 
     class Checked(HFLM):
@@ -130,6 +130,15 @@ def checked_model() -> Any:
             # tokens but predict other numbers of them look like that to it, and then results depend on the batch size.
             with patch.object(self, "logits_cache", False):
                 return super().loglikelihood_rolling(*args, **options)
+
+        def _loglikelihood_tokens(self, requests: list, *args: Any, **options: Any) -> list:
+            for (_, text), _, answer in requests:
+                if len(answer) > self.max_length:
+                    raise ValueError(
+                        f"an lm-eval task has an answer of {len(answer)} tokens, more than the {self.max_length} that the model "
+                        f"sees at once: {text[:40]!r}…; leave the task out, or give a larger --max-length"
+                    )
+            return super()._loglikelihood_tokens(requests, *args, **options)
 
         def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
             logits = super()._model_call(inps, *args, **options)

@@ -79,9 +79,12 @@ RECIPES = {
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given = sys.argv[1:] if argv is None else argv
+    split = given.index("--") if "--" in given else len(given)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s MODEL --work DIR … [-- …]"
+    )
     parser.add_argument("model", metavar="MODEL", help="local folder, hub id or .gguf file")
-    parser.add_argument("evaluation", nargs="*", metavar="-- OPTION", help="options of scripts/evaluate.py")
     parser.add_argument(
         "--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE", help=", ".join(RECIPES)
     )
@@ -95,7 +98,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="recipes at a time (default: %(default)s)")
     parser.add_argument("--environments", type=Path, default=Path("build/peers"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--python", nargs="+", default=[], metavar="PEER=COMMAND", help="an environment that is there already")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given[:split])
+    args.evaluation = given[split + 1 :]
     args.python = dict(pair.split("=", 1) if "=" in pair else parser.error(f"--python {pair}: no =") for pair in args.python)
     args.ours = [pair.split("=", 1) if "=" in pair else parser.error(f"--ours {pair}: no =") for pair in args.ours]
     args.all = RECIPES | {name: ours(*shlex.split(options)) for name, options in args.ours}

@@ -127,6 +127,16 @@ def test_non_finite_logits_stop_a_task_with_the_layer(tmp_path):
         run_tasks(model, tokenizer, ["lambada_openai"], manager)
 
 
+def test_an_answer_longer_than_the_context_is_named(tmp_path):
+    item = {"goal": "a", "sol1": "b " * 40, "sol2": "c", "label": 0}
+    (tmp_path / "piqa.validation.jsonl").write_text(json.dumps(item))
+    with (
+        task_manager(["piqa"], tmp_path) as manager,
+        pytest.raises(ValueError, match=r"answer of 40 tokens, more than the 32 that the model sees at once: ' b b"),
+    ):
+        run_tasks(tiny_model(), tiny_tokenizer(), ["piqa"], manager, max_length=32)
+
+
 def test_unknown_names_list_the_nearest():
     with pytest.raises(ValueError, match=r"task 'hellaswga' is not known to lm-eval; nearest: hellaswag"):
         check_names(["piqa", "hellaswga"], LOCAL, "lm-eval")

@@ -3,8 +3,8 @@
     python qwantize_nvfp4.py MODEL TOKENS.npy OUTPUT optimal_hessian
 
 MODEL: a model folder.  TOKENS.npy: token ids (n, length).  Every linear of the decoder layers is rounded to nearest under
-qwantize's scales for the inputs it has in the unquantized model.  qwantize writes no checkpoints, and its NVFP4 has no tensor scale,
-which checkpoint layouts need: OUTPUT gets dequantized weights in bfloat16 (every code · E4M3 scale is exact in it), and peer.json.
+qwantize's scales for the inputs it has in the unquantized model.  qwantize writes no checkpoints, and its NVFP4 has no tensor
+scale, which checkpoint layouts need: OUTPUT gets dequantized weights in bfloat16 (exactly), and peer.json.
 """
 
 import json
