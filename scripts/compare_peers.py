@@ -85,9 +85,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s MODEL --work DIR … [-- …]"
     )
     parser.add_argument("model", metavar="MODEL", help="local folder, hub id or .gguf file")
-    parser.add_argument(
-        "--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE", help=", ".join(RECIPES)
-    )
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="RECIPE", help=", ".join(RECIPES))
+    parser.add_argument("--ours", nargs="+", default=[], metavar="NAME=OPTIONS", help="more recipes: of quantize_llama.py")
     parser.add_argument("--calibration", default="builtin", metavar="TEXT", help="as quantize_llama.py (default: %(default)s)")
     parser.add_argument("--sequences", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--length", type=int, default=1024, metavar="N", help="tokens a sequence (default: %(default)s)")
