@@ -31,6 +31,7 @@ RANK = {
     "ptq.hessian": 6,
     "ptq.token_weights": 7,
     "ptq.scales": 6,
+    "ptq.presets": 5,
     "ptq.calibration": 6,
     "ptq.functional": 7,
     "ptq.methods.solution": 7,
