@@ -132,11 +132,11 @@ def checked_model() -> Any:
                 return super().loglikelihood_rolling(*args, **options)
 
         def _loglikelihood_tokens(self, requests: list, *args: Any, **options: Any) -> list:
-            for (_, text), _, answer in requests:
-                if len(answer) > self.max_length:
+            for strings, _, answer in requests:  # no strings for rolling windows, which fit
+                if strings and len(answer) > self.max_length:
                     raise ValueError(
                         f"an lm-eval task has an answer of {len(answer)} tokens, more than the {self.max_length} that the model "
-                        f"sees at once: {text[:40]!r}…; leave the task out, or give a larger --max-length"
+                        f"sees at once: {strings[1][:40]!r}…; leave the task out, or give a larger --max-length"
                     )
             return super()._loglikelihood_tokens(requests, *args, **options)
 
