@@ -40,7 +40,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="the first is what the others are compared with")
     text = parser.add_argument_group("text")
-    text.add_argument("--text", metavar="FILE", help=".txt, .jsonl[.gz], dataset id or builtin-heldout, for perplexity and KL")
+    text.add_argument(
+        "--text", metavar="TEXT", help="for perplexity and KL: .txt, .jsonl[.gz], or a name as in docs/evaluation.md"
+    )
     text.add_argument("--window", type=int, default=2048, metavar="N", help="tokens a window (default: %(default)s)")
     text.add_argument("--windows", type=int, metavar="N", help="the first N windows only")
     text.add_argument(

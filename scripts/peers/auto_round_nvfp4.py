@@ -3,9 +3,8 @@
     python auto_round_nvfp4.py MODEL TOKENS.npy OUTPUT ITERATIONS        200 is AutoRound's default; 0 is its RTN
 
 MODEL: a model folder.  TOKENS.npy: token ids (n, length).  NVFP4 weights, activations untouched.  AutoRound 0.14 exports NVFP4 in
-no layout that transformers reads with 16-bit activations, so OUTPUT gets its dequantized weights in bfloat16 (its format
-`fake`), and
-peer.json with the bits per weight that its layout for vLLM would take.
+no layout that transformers reads with 16-bit activations, so OUTPUT gets its dequantized weights (its format `fake`; on a CPU in
+float32), and peer.json with the bits per weight that its layout for vLLM would take.
 """
 
 import json
