@@ -61,8 +61,9 @@ STATIC = "its static NVFP4 quantizers are Triton kernels that it imports only wh
 RECIPES = {
     "ptq-nvfp4-rtn": ours("--method", "rtn", "--scales", "absmax"),
     "ptq-nvfp4-rtn-local": ours("--method", "rtn", "--scales", "local"),
-    "ptq-nvfp4-gptq-local": ours("--scales", "local", "--token-weights", "none"),
+    "ptq-nvfp4-fast": ours("--effort", "fast"),
     "ptq-nvfp4": ours(),
+    "ptq-nvfp4-best": ours("--effort", "best"),
     "ptq-mxfp4": ours("--format", "mxfp4"),
     "ptq-int4": ours("--format", "int4", "--block", "{block}"),
     "llmcompressor-nvfp4-rtn": llm_compressor("NVFP4A16-rtn"),
