@@ -78,8 +78,10 @@ def size_on_disk(files: Sequence[Path]) -> int | None:
 def bits_per_weight(model: nn.Module, files: Sequence[Path]) -> float | None:
     """Stored bits of the linears over their weights: codes, scales and zero points, no biases, not the output embedding.
 
-    From the headers of the safetensors files; None where there are none, or they name the linears otherwise than the model does.
+    From the headers of the files; None where those name the linears otherwise than the model does.
     """
+    if files and files[0].suffix == ".gguf":
+        return gguf_bits(files[0])
     stored: dict[str, int] = {}
     for path in files:
         if path.suffix == ".safetensors":
@@ -96,6 +98,14 @@ def bits_per_weight(model: nn.Module, files: Sequence[Path]) -> float | None:
     if not shapes or not shapes.keys() <= stored.keys():
         return None
     return 8 * sum(stored[name] for name in shapes) / sum(math.prod(shape) for shape in shapes.values())
+
+
+def gguf_bits(path: Path) -> float:
+    """The same of a GGUF file: its matrices named blk.N."""
+    from gguf import GGUFReader
+
+    linears = [tensor for tensor in GGUFReader(path).tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2]
+    return 8 * sum(int(tensor.n_bytes) for tensor in linears) / sum(int(tensor.n_elements) for tensor in linears)
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:

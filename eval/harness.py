@@ -22,6 +22,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ptq.eval.logits import check_finite
 from ptq.eval.paired import Item, aggregation_of, standard_error
 from ptq.eval.tasks import LOCAL, SPLITS, check_names, check_tasks
 
@@ -102,24 +103,49 @@ def run_tasks(
     A metric, named as lm-eval does ("acc,none"), has `value`, `stderr` (lm-eval's, else by linearization, else None),
     `higher_is_better`, and where its value is a function of one ratio of sums also `aggregation` and `items`
     (ptq.eval.paired).  fingerprint: a hash of the evaluated items.  limit: items a task; max_length: None as the model's config.
-    Raises ValueError where lm-eval cannot load a task's data.
+    Raises ValueError where lm-eval cannot load a task's data, and for logits that are not finite, naming the layer.
     """
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    # A cache of logits groups requests by their context, and then results depend on the batch size.
     # Its prints belong to a log.
     with redirect_stdout(sys.stderr), patch.dict(os.environ, DISABLE_MULTIPROC="1"):
-        lm = HFLM(
+        lm = checked_model()(
             pretrained=model,
             tokenizer=tokenizer,  # type: ignore[arg-type]
             batch_size=batch_size,
             max_length=max_length,
-            logits_cache=False,
         )
         results = evaluate(lm, load(names, manager, fewshot), limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
     assert results is not None
     return {name: task_result(name, results) for name in results["results"]}
+
+
+def checked_model() -> Any:
+    """lm-eval's class for models in memory, which stops, where lm-eval would count an answer, at logits that are not finite."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Checked(HFLM):
+        def loglikelihood_rolling(self, *args: Any, **options: Any) -> list[float]:
+            # The cache makes one run of requests that differ in their last token only.  Windows of a page that hold the same
+            # tokens but predict other numbers of them look like that to it, and then results depend on the batch size.
+            with patch.object(self, "logits_cache", False):
+                return super().loglikelihood_rolling(*args, **options)
+
+        def _loglikelihood_tokens(self, requests: list, *args: Any, **options: Any) -> list:
+            for strings, _, answer in requests:  # no strings for rolling windows, which fit
+                if strings and len(answer) > self.max_length:
+                    raise ValueError(
+                        f"an lm-eval task has an answer of {len(answer)} tokens, more than the {self.max_length} that the model "
+                        f"sees at once: {strings[1][:40]!r}…; leave the task out, or give a larger --max-length"
+                    )
+            return super()._loglikelihood_tokens(requests, *args, **options)
+
+        def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+            logits = super()._model_call(inps, *args, **options)
+            check_finite(logits, self.model, inps, "the model gave non-finite logits in an lm-eval task")
+            return logits
+
+    return Checked
 
 
 def load(names: Sequence[str], manager: "TaskManager", fewshot: int | None) -> Any:

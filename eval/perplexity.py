@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ptq.eval.logits import Logits, run
+
 
 @dataclass(frozen=True)
 class Score:
@@ -41,24 +43,24 @@ def evaluate(models: Mapping[str, nn.Module], windows: Iterable[Tensor]) -> dict
     """A Score for each model, the first being the original.
 
     `windows`: token ids (length,) each; the models see one at a time, so that the logits of no more than one window are alive.
-    Raises ValueError for logits that are not finite, naming the model, and where there are no windows.
+    Raises ValueError for logits that are not finite, naming model and layer, and where there are no windows.
     """
-    return {name: summarize(scores) for name, scores in score_windows(models, windows).items()}
+    original = next(iter(models.values()))
+    there = (window.to(next(original.parameters()).device) for window in windows)
+    scores = score_windows({name: run(model, name) for name, model in models.items()}, there)
+    return {name: summarize(found) for name, found in scores.items()}
 
 
 @torch.no_grad()
-def score_windows(models: Mapping[str, nn.Module], windows: Iterable[Tensor]) -> dict[str, list[WindowScore]]:
-    """For each model one WindowScore a window; otherwise as `evaluate`."""
+def score_windows(models: Mapping[str, Logits], windows: Iterable[Tensor]) -> dict[str, list[WindowScore]]:
+    """For each source of logits one WindowScore a window, worked out where the window is; the first source is the original's."""
     scores: dict[str, list[WindowScore]] = {name: [] for name in models}
     for index, window in enumerate(windows):
         reference = None
-        for name, model in models.items():
-            window = window.to(next(model.parameters()).device)
-            logp = model(window[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        for name, logits in models.items():
+            logp = logits(index, window).to(window.device).float().log_softmax(-1)
             loss = -logp.gather(1, window[1:, None]).sum(dtype=torch.float64)
-            if not loss.isfinite():
-                raise ValueError(f"model {name!r} gave non-finite logits in window {index}")
-            reference = logp if reference is None else reference.to(logp.device)
+            reference = logp if reference is None else reference
             kl = (reference.exp() * (reference - logp)).sum(dtype=torch.float64)
             agreeing = (reference.argmax(-1) == logp.argmax(-1)).sum()
             scores[name].append(WindowScore(float(loss), float(kl), int(agreeing), len(window) - 1))

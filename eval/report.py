@@ -49,14 +49,17 @@ def tables(results: Sequence[Result]) -> list[Table]:
 
 
 def models_table(results: Sequence[Result]) -> Table:
-    head = ["model", "dtype", "size on disk", "bits per weight", "load"]
+    made = any(r.get("made_by") for r in results)
+    head = ["model", "dtype", "size on disk", "bits per weight", "load", *(["made by", "in"] if made else [])]
     rows = []
     for r in results:
         size, bits = number(r["bytes"], lambda count: f"{count / 1e6:.2f} MB"), number(r["bits_per_weight"], "{:.3f}".format)
-        rows.append([r["label"], r["dtype"], size, bits, f"{r['load_seconds']:.2f} s"])
-    return Table(
-        "Models", "Bits per weight: all that is stored for the linears, scales included, over their weights.", head, rows
-    )
+        row = [r["label"], r["dtype"], size, bits, number(r["load_seconds"], "{:.2f} s".format)]
+        if made:
+            row += [number(r.get("made_by"), str), number(r.get("quantize_seconds"), "{:.1f} s".format)]
+        rows.append(row)
+    note = "Bits per weight: all that is stored for the linears, scales included, over their weights."
+    return Table("Models", note, head, rows)
 
 
 def text_table(results: Sequence[Result]) -> Table:
@@ -177,19 +180,32 @@ def scatter(results: Sequence[Result]) -> str:
     xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
     low, high = min(ys), max(ys)
     margin = 0.1 * (high - low) or 0.1 * high
+    bottom = max(300, 60 + 15 * len(points))
     x_at = axis(0, 1.15 * max(xs), 70, 680)
-    y_at = axis(low - margin, high + margin, 300, 20)
-    marks = ['<path d="M70 20V300H680" fill="none" stroke="#888"/>']
+    y_at = axis(low - margin, high + margin, bottom, 20)
+    marks = [f'<path d="M70 20V{bottom}H680" fill="none" stroke="#888"/>']
     for x in range(0, int(1.15 * max(xs)) + 1, 2 if max(xs) < 20 else 4):
-        marks.append(f'<text x="{x_at(x):.1f}" y="318" text-anchor="middle">{x}</text>')
+        marks.append(f'<text x="{x_at(x):.1f}" y="{bottom + 18}" text-anchor="middle">{x}</text>')
     for y in (low, high):
         marks.append(f'<text x="62" y="{y_at(y) + 4:.1f}" text-anchor="end">{y:.4f}</text>')
-    for x, y, label in points:
-        marks.append(f'<circle cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="5" fill="#2563a8"/>')
-        marks.append(f'<text x="{x_at(x) + 9:.1f}" y="{y_at(y) - 7:.1f}">{html.escape(label)}</text>')
-    marks.append('<text x="375" y="342" text-anchor="middle">bits per weight</text>')
+    spots = sorted((y_at(y), x_at(x), label) for x, y, label in points)
+    for (y, x, label), at in zip(spots, spread([(y, x) for y, x, _ in spots]), strict=True):
+        marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#2563a8"/>')
+        marks.append(f'<path d="M{x + 5:.1f} {y:.1f}L{x + 26:.1f} {at:.1f}" stroke="#aaa"/>')
+        marks.append(f'<text x="{x + 29:.1f}" y="{at + 4:.1f}">{html.escape(label)}</text>')
+    marks.append(f'<text x="375" y="{bottom + 42}" text-anchor="middle">bits per weight</text>')
     marks.append('<text x="70" y="13">bits per byte of the text (lower is better)</text>')
-    return svg(820, 350, marks, "bits per byte against bits per weight")
+    return svg(900, bottom + 50, marks, "bits per byte against bits per weight")
+
+
+def spread(spots: Sequence[tuple[float, float]]) -> list[float]:
+    """Heights for the labels of points (y, x), from the top down, none over another: each at its point, or the next free below."""
+    placed: list[tuple[float, float]] = []
+    for y, x in spots:
+        while any(abs(y - above) < 14 and abs(x - beside) < 220 for above, beside in placed):
+            y += 1
+        placed.append((y, x))
+    return [y for y, _ in placed]
 
 
 def intervals(compared: Sequence[tuple[str, str, Difference]]) -> str:

@@ -1,6 +1,5 @@
 """One model on one text: token perplexity, KL to the first model, top-1 agreement, bits per byte."""
 
-import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -8,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ptq.calibration import all_windows
+from ptq.calibration import join_windows
 from ptq.eval.checkpoint import Loaded
+from ptq.eval.logits import Logits
 from ptq.eval.paired import Item, ratio_stderr
 from ptq.eval.perplexity import score_windows, summarize
 from ptq.models.loading import check_fit
@@ -29,45 +29,69 @@ class Text:
     count: int | None
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """`windows` (n, window) token ids, on the model's device, of a text of `total` tokens."""
+
+    windows: Tensor
+    total: int
+
+
+def tokenize(label: str, loaded: Loaded, text: Text) -> Tokens:
+    """The text as the model sees it.
+
+    Raises ValueError for a text shorter than a window, and for tokens that the model has no embedding for.
+    """
+    encoded = [loaded.tokenizer(document, verbose=False)["input_ids"] for document in text.documents]
+    windows = join_windows(encoded, text.window, text.source)
+    check_fit(int(windows.max()), loaded.model, label)
+    return Tokens(windows[: text.count].to(loaded.model.device), sum(map(len, encoded)))
+
+
+@dataclass(frozen=True)
+class First:
+    """What the first model leaves for the others: its logits, and of its result `fingerprint` and `vocabulary`."""
+
+    logits: Logits
+    fingerprint: str
+    vocabulary: int
+
+
 def measure_text(
-    label: str, loaded: Loaded, text: Text, first: tuple[PreTrainedModel, str] | None, progress: Progress = iter
+    label: str, loaded: Loaded, logits: Logits, text: Text, tokens: Tokens, first: First | None, progress: Progress = iter
 ) -> dict[str, Any]:
     """The `text` of a result (docs/evaluation.md).
 
-    first: the first model, and the `fingerprint` of its windows; None where `loaded` is the first.  KL and agreement are None
-    where the two see other tokens.  Raises ValueError for a text shorter than a window, for tokens that the model has no
-    embedding for, and for logits that are not finite.
+    logits: the model's.  first: None where the model is the first.  KL and agreement are None where the two see other tokens.
+    Raises ValueError for logits that are not finite.
     """
-    tokenizer, model = loaded.tokenizer, loaded.model
-    encode = functools.cache(lambda document: tokenizer(document, verbose=False)["input_ids"])
-    windows = all_windows(encode, list(text.documents), text.window, text.source)[: text.count]
-    check_fit(int(windows.max()), model, label)
-    fingerprint = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
-    comparable = first is None or (fingerprint == first[1] and model.config.vocab_size == first[0].config.vocab_size)
-    models = {label: model} if first is None or not comparable else {f"{label} (first)": first[0], label: model}
-    scores = score_windows(models, progress(windows))[label]
+    windows, vocabulary = tokens.windows, loaded.model.config.vocab_size
+    fingerprint = hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()[:16]
+    comparable = first is None or (fingerprint == first.fingerprint and vocabulary == first.vocabulary)
+    sources = {label: logits} if first is None or not comparable else {f"{label} (first)": first.logits, label: logits}
+    scores = score_windows(sources, progress(windows))[label]
     score = summarize(scores)
     items: list[Item] = [(-one.nll, one.tokens) for one in scores]
     kl_stderr = ratio_stderr([(one.kl, one.tokens) for one in scores])
-    tokens = sum(len(encode(document)) for document in text.documents)
     size = sum(len(document.encode()) for document in text.documents)
     return {
         "token_ppl": score.ppl,
         "kl": score.kl if comparable else None,
         "kl_stderr": None if math.isnan(kl_stderr) or not comparable else kl_stderr,
         "agreement": score.agreement if comparable else None,
-        "bits_per_byte": math.log2(score.ppl) * tokens / size,
+        "bits_per_byte": math.log2(score.ppl) * tokens.total / size,
         "tokens": score.tokens,
         "windows": len(windows),
         "fingerprint": fingerprint,
+        "vocabulary": vocabulary,
         "items": items,
         "protocol": {
             "text": text.source,
             "window": text.window,
             "stride": text.window,
-            "bos": bos_rule(tokenizer),
+            "bos": bos_rule(loaded.tokenizer),
             "documents": len(text.documents),
-            "tokens_in_text": tokens,
+            "tokens_in_text": tokens.total,
             "bytes_in_text": size,
         },
     }

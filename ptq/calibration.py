@@ -1,21 +1,21 @@
 """Text in, token windows out; for calibration and for evaluation alike.
 
-A source is a file (.jsonl or .jsonl.gz with a "text" field a line, or plain text, also gzipped), a Hugging Face dataset id, or
-`builtin`: the language reference that every Python carries (pydoc_data.topics), of which one topic in four is set aside as
-`builtin-heldout`.
+A source is a file (.jsonl or .jsonl.gz with a "text" field a line, or plain text, also gzipped), a name that ptq.presets knows or a
+Hugging Face dataset id, or `builtin`: the language reference that every Python carries (pydoc_data.topics), of which one topic in
+four is set aside as `builtin-heldout`.
 """
 
 import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-HUB_DOCUMENTS = 4096
+from ptq.presets import PRESETS, find_preset, hub_documents
+
 HELD_OUT = "builtin-heldout"
 
 
@@ -24,13 +24,17 @@ def read_documents(source: str) -> list[str]:
     if source in ("builtin", HELD_OUT):
         return builtin_documents(held_out=source == HELD_OUT)
     path = Path(source).expanduser()
+    found = None if path.exists() or (path.suffix and ":" not in source) else find_preset(source)
     if path.is_file():
         documents = list(read_jsonl(path) if ".jsonl" in path.suffixes else [read_text(path)])
-    elif path.exists() or path.suffix or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        kind = "a folder" if path.is_dir() else "not there"
-        raise ValueError(f"text {source!r} is {kind}; give a .txt, .jsonl or .jsonl.gz file, a dataset id, or 'builtin'")
+    elif found:
+        documents = hub_documents(source, *found)
     else:
-        documents = hub_documents(source)
+        kind = "a folder" if path.is_dir() else "not there"
+        raise ValueError(
+            f"text {source!r} is {kind}; give a .txt, .jsonl or .jsonl.gz file, a dataset id, 'builtin', or one of "
+            f"{', '.join(PRESETS)}"
+        )
     documents = [text for text in documents if text.strip()]
     if not documents:
         raise ValueError(f"text {source!r} is empty")
@@ -74,26 +78,17 @@ def read_jsonl(path: Path) -> Iterator[str]:
         yield record["text"]
 
 
-def hub_documents(name: str) -> list[str]:
-    """The first documents of a dataset's train split, streamed."""
-    from datasets import load_dataset
-
-    try:
-        stream = load_dataset(name, split="train", streaming=True)
-        return [row["text"] for row in islice(stream, HUB_DOCUMENTS)]
-    except KeyError:
-        raise ValueError(f'dataset {name!r} has no column "text"') from None
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"text {name!r} is no file here, and as a dataset id it cannot be loaded: {reason}") from None
-
-
 def all_windows(encode: Callable[[str], list[int]], documents: list[str], length: int, source: str) -> Tensor:
     """All non-overlapping windows (n, length) of the documents' tokens, joined in order.
 
     `encode` turns a text into token ids.  Raises ValueError where there is not one window.
     """
-    tokens = [token for text in documents for token in encode(text)]
+    return join_windows([encode(text) for text in documents], length, source)
+
+
+def join_windows(encoded: list[list[int]], length: int, source: str) -> Tensor:
+    """The same of documents that are token ids already."""
+    tokens = [token for ids in encoded for token in ids]
     count = len(tokens) // length
     if not count:
         raise ValueError(f"text {source!r} has {len(tokens)} tokens, too few for one window of {length}")

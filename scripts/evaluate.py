@@ -10,28 +10,29 @@ docs/evaluation.md says what the numbers mean.
 """
 
 import argparse
-import functools
-import hashlib
 import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ptq.calibration import read_documents
 from ptq.eval.checkpoint import Loaded, bits_per_weight, load_any, size_on_disk
 from ptq.eval.harness import run_tasks, task_manager
+from ptq.eval.logits import KeptLogits, Logits
+from ptq.eval.logits import run as run_model
 from ptq.eval.report import markdown, page
-from ptq.eval.text import Text, measure_text
+from ptq.eval.results import labels, provenance, stamp, surroundings, write
+from ptq.eval.text import First, Text, measure_text, tokenize
 from ptq.models.loading import locate, quiet
 
 
@@ -39,9 +40,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="the first is what the others are compared with")
     text = parser.add_argument_group("text")
-    text.add_argument("--text", metavar="FILE", help=".txt, .jsonl[.gz], dataset id or builtin-heldout, for perplexity and KL")
+    text.add_argument(
+        "--text", metavar="TEXT", help="for perplexity and KL: .txt, .jsonl[.gz], or a name as in docs/evaluation.md"
+    )
     text.add_argument("--window", type=int, default=2048, metavar="N", help="tokens a window (default: %(default)s)")
     text.add_argument("--windows", type=int, metavar="N", help="the first N windows only")
+    text.add_argument(
+        "--logits",
+        metavar="DIR",
+        help="keep the first model's logits in a temporary file there (default: beside the output); or `again`: run it anew "
+        "beside every other model, which is faster where it is small and the disk slow",
+    )
     tasks = parser.add_argument_group("lm-eval")
     tasks.add_argument("--tasks", metavar="A,B", help="names that lm-eval knows")
     tasks.add_argument("--task-data", type=Path, metavar="DIR", help="take the items from NAME.SPLIT.jsonl[.gz] there, offline")
@@ -81,7 +90,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     paths = {label: Path(f"{args.output}.{label}.json") for label in labels(args.models)}
     check_outputs(args, list(paths.values()))
     documents = read_documents(args.text) if args.text else []
-    first = Reference(args)
+    first = Reference(args, next(iter(paths)))
     results = []
     with quiet(), task_manager(args.tasks, args.task_data, args.fewshot) if args.tasks else nullcontext() as manager:
         for (label, path), source in zip(paths.items(), args.models, strict=True):
@@ -91,29 +100,49 @@ def run(args: argparse.Namespace) -> list[dict]:
                 results.append(earlier)
                 continue
             loaded = first.load() if not results else load(source, args)
-            result = describe(label, loaded, args) | {"settings": wanted, "text": None, "tasks": {}}
+            result = describe(label, source, loaded, args) | {"settings": wanted, "text": None, "tasks": {}}
             if args.text:
-                original = (first.load().model, results[0]["text"]["fingerprint"]) if results else None
-                result["text"] = measure(label, loaded, documents, args, original)
+                result["text"] = measure(label, loaded, documents, args, first, results[0]["text"] if results else None)
             if manager is not None:
                 chosen = {name: getattr(args, name) for name in ("limit", "fewshot", "batch_size", "max_length")}
                 result["tasks"] = run_tasks(loaded.model, loaded.tokenizer, args.tasks, manager, **chosen)
             write(path, json.dumps(result, indent=1))
             results.append(result)
+            first.release()
+            del loaded  # before the next model needs the memory
     write(Path(f"{args.output}.md"), markdown(results))
     write(Path(f"{args.output}.html"), page(results))
     return results
 
 
 class Reference:
-    """The first model, loaded when it is first needed and then kept."""
+    """The first model, loaded when it is needed, and its logits, which are computed once and kept in a file."""
 
-    def __init__(self, args: argparse.Namespace):
-        self._args = args
+    def __init__(self, args: argparse.Namespace, label: str):
+        self._args, self._label = args, label
+        self._loaded: Loaded | None = None
+        self._kept: KeptLogits | None = None
 
-    @functools.cache  # noqa: B019  # lives as long as the run
     def load(self) -> Loaded:
-        return load(self._args.models[0], self._args)
+        self._loaded = self._loaded or load(self._args.models[0], self._args)
+        return self._loaded
+
+    def logits(self, windows: int) -> Logits:
+        """Those of the first `windows` windows, for which they are kept unless `--logits again` or nothing else needs them."""
+        if self._args.logits == "again" or len(self._args.models) == 1:
+            return self._compute
+        folder = Path(self._args.logits) if self._args.logits else self._args.output.absolute().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        self._kept = self._kept or KeptLogits(self._compute, folder, windows)
+        return self._kept
+
+    def _compute(self, index: int, window: Tensor) -> Tensor:
+        return run_model(self.load().model, self._label)(index, window)
+
+    def release(self) -> None:
+        """Drops the model where its logits are all there."""
+        if self._kept and self._kept.complete:
+            self._loaded = None
 
 
 def load(source: str, args: argparse.Namespace) -> Loaded:
@@ -126,16 +155,6 @@ def load(source: str, args: argparse.Namespace) -> Loaded:
     return loaded
 
 
-def labels(sources: Sequence[str]) -> list[str]:
-    """Short names for the models: the last part of the path, numbered where they repeat."""
-    names: list[str] = []
-    for source in sources:
-        name = Path(source).expanduser().resolve().name if Path(source).exists() else source.rpartition("/")[2]
-        taken = sum(other == name or other.startswith(f"{name}-") for other in names)
-        names.append(f"{name}-{taken + 1}" if name in names else name)
-    return names
-
-
 def check_outputs(args: argparse.Namespace, paths: Sequence[Path]) -> None:
     """Raises ValueError where results would be overwritten, or cannot be written."""
     present = [path for path in paths if path.exists()]
@@ -146,14 +165,6 @@ def check_outputs(args: argparse.Namespace, paths: Sequence[Path]) -> None:
         raise ValueError(f"output {args.output} cannot be made: {parent} is not a folder one may write to")
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n")
-    partial.replace(path)
-
-
 def settings(args: argparse.Namespace, source: str) -> dict[str, Any]:
     """What a result depends on: a result is reused only where this is the same."""
     chosen = ("text", "window", "windows", "tasks", "limit", "fewshot", "batch_size", "max_length", "device", "dtype")
@@ -162,30 +173,31 @@ def settings(args: argparse.Namespace, source: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in chosen} | {"task_data": data, "model": source, "files": files}
 
 
-def stamp(source: str) -> str | None:
-    """A hash of names, sizes and times of the files of a local model or text; None for a hub id."""
-    path = Path(source).expanduser()
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16] if files else None
-
-
-def describe(label: str, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+def describe(label: str, source: str, loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "label": label,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "bytes": size_on_disk(loaded.files),
         "bits_per_weight": bits_per_weight(loaded.model, loaded.files),
         "load_seconds": loaded.seconds,
-        "versions": {name: version(name) for name in ("torch", "transformers", "lm_eval")},
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
+        **provenance(source),
+        **surroundings(args.device),
     }
 
 
-def measure(label: str, loaded: Loaded, documents: list[str], args: argparse.Namespace, first: tuple | None) -> dict[str, Any]:
-    """The text's part of a result, with a progress bar."""
+def measure(
+    label: str, loaded: Loaded, documents: list[str], args: argparse.Namespace, first: Reference, earlier: dict | None
+) -> dict[str, Any]:
+    """The text's part of a result, with a progress bar.  earlier: the first model's; None for that model itself."""
     text = Text(args.text, documents, args.window, args.windows)
-    return measure_text(label, loaded, text, first, lambda windows: tqdm(windows, label, unit="window", disable=None))
+    tokens = tokenize(label, loaded, text)
+    kept = first.logits(len(tokens.windows))
+    logits, other = run_model(loaded.model, label), None
+    if earlier is None:
+        logits = kept
+    else:
+        other = First(kept, earlier["fingerprint"], earlier["vocabulary"])
+    return measure_text(label, loaded, logits, text, tokens, other, lambda w: tqdm(w, label, unit="window", disable=None))
 
 
 def main(argv: list[str] | None = None) -> int:

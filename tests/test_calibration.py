@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 
 from ptq.calibration import all_windows, read_documents, sample_windows
 
@@ -58,6 +59,65 @@ def test_bad_files_name_themselves_and_the_line(tmp_path, name, content, message
 def test_sources_that_are_not_there(tmp_path, source, message):
     with pytest.raises(ValueError, match=message):
         read_documents(source.format(tmp=tmp_path))
+
+
+ROWS = ["", " = Title = \n", "", "Text with words .\n"]
+MESSAGES = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Folders with the names and the layout of the datasets: `datasets` reads such a folder before it asks the hub."""
+    monkeypatch.chdir(tmp_path)
+
+    def lay(path: str, rows: list, card: str = "") -> None:
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if path.endswith(".parquet"):
+            Dataset.from_list(rows).to_parquet(file)
+        else:
+            file.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+        if card:
+            (tmp_path / "/".join(path.split("/")[:2]) / "README.md").write_text(f"---\n{card}---\n")
+
+    wikitext = "configs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n"
+    wikitext += "".join(
+        f"  - split: {split}\n    path: wikitext-2-raw-v1/{split}-*\n" for split in ("train", "validation", "test")
+    )
+    for split in ("train", "validation", "test"):
+        rows = [{"text": row + split if row.startswith("Text") else row} for row in ROWS]
+        lay(f"Salesforce/wikitext/wikitext-2-raw-v1/{split}-00000-of-00001.parquet", rows, wikitext)
+    for name, count in (("train", 1024), ("validation", 8)):
+        rows = [{"text": f"{name} {i}", "timestamp": "x", "url": "y"} for i in range(4100)]
+        lay(f"allenai/c4/en/c4-{name}.00000-of-{count:05}.json.gz", rows)
+    chat = "configs:\n- config_name: default\n  data_files:\n"
+    chat += "".join(f"  - split: {split}\n    path: data/{split}-*\n" for split in ("train_sft", "test_sft"))
+    for split in ("train_sft", "test_sft"):
+        rows = [{"prompt": "Hi?", "prompt_id": split, "messages": MESSAGES}]
+        lay(f"HuggingFaceH4/ultrachat_200k/data/{split}-00000-of-00001.parquet", rows, chat)
+    lay("NeelNanda/pile-10k/data/train-00000-of-00001.parquet", [{"text": "pile", "meta": {"pile_set_name": "x"}}])
+    lay("some/body/data/train-00000-of-00001.parquet", [{"words": "a"}])
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_presets_are_what_they_say(hub):
+    assert read_documents("wikitext:test") == ["\n\n".join([*ROWS[:3], ROWS[3] + "test"])]
+    assert read_documents("wikitext") == ["\n\n".join([*ROWS[:3], ROWS[3] + "train"])]
+    assert read_documents("Salesforce/wikitext:wikitext-2-raw-v1:validation") == [ROWS[1], ROWS[3] + "validation"]
+    for split in ("train", "validation"):
+        assert read_documents(f"c4:{split}") == [f"{split} {i}" for i in range(4096)]
+    assert read_documents("ultrachat:test_sft") == read_documents("ultrachat") == ["Hi?\n\nYes."]
+    assert read_documents("pile") == read_documents("NeelNanda/pile-10k:default") == ["pile"]
+
+
+def test_datasets_that_cannot_be_used_say_why(hub, monkeypatch):
+    with pytest.raises(ValueError, match="c4 has the splits train, validation"):
+        read_documents("c4:test")
+    with pytest.raises(ValueError, match="dataset 'some/body' has no column \"text\""):
+        read_documents("some/body:default")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="text 'no/body' is no file here, and as a dataset it cannot be loaded: "):
+        read_documents("no/body")
 
 
 def test_windows_are_the_joined_tokens_cut():

@@ -8,10 +8,12 @@ import re
 import pytest
 import torch
 
-from ptq.eval.checkpoint import load_any
+from ptq.eval.checkpoint import gguf_bits, load_any
 
-from .conftest import ROOT
+from .conftest import ROOT, SMOLLM2
 from .tiny import TEXT, WORDS, save_tiny, tiny_tokenizer
+
+WEIGHTS = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
 
 
 def module_of(name: str):
@@ -92,19 +94,81 @@ def test_results_survive_an_interruption_and_are_reused_on_request_only(script, 
     assert script.main([*arguments, "--reuse", "--limit", "5"]) == 0 and len(calls) == 5
 
 
-def test_a_quantized_checkpoint_counts_its_scales(script, job):
+def test_the_first_models_logits_are_computed_once(script, job, monkeypatch):
+    folder, arguments = job
+    arguments = [str(folder / "first"), *arguments[:8], "--output", str(folder / "out" / "run"), "--device", "cpu"]
+    calls, run_model = [], script.run_model
+
+    def counted(model, name):
+        def logits(index, window):
+            calls.append((name, index))
+            return run_model(model, name)(index, window)
+
+        return logits
+
+    monkeypatch.setattr(script, "run_model", counted)
+    assert script.main(arguments) == 0
+    assert sorted(calls) == [(name, i) for name in ("first", "first-2", "other") for i in range(5)]
+    kept = result(folder, "other")["text"]
+    for path in (folder / "out").iterdir():
+        path.unlink()
+    assert script.main([*arguments, "--logits", "again"]) == 0
+    assert result(folder, "other")["text"] == kept and len(calls) == 15 + 25
+
+
+@pytest.mark.parametrize(
+    "format, bits", [("nvfp4", 4.5 + 32 * 14 / WEIGHTS), ("mxfp4", 4.25), ("int4", 4.5 + 128 * 14 / WEIGHTS)]
+)
+def test_quantized_checkpoints_count_their_scales(script, job, format, bits):
+    """NVFP4 stores a tensor scale of 32 bits for each linear, INT4 its shape in 128 bits."""
     folder, arguments = job
     quantized = folder / "quantized"
-    made = [str(folder / "first"), "--method", "rtn", "--output", str(quantized), "--device", "cpu"]
+    made = [str(folder / "first"), "--method", "rtn", "--output", str(quantized), "--device", "cpu", "--format", format]
     calibration = ["--calibration", str(folder / "text.txt"), "--sequences", "2", "--length", "32"]
-    assert module_of("quantize_llama").main([*made, *calibration]) == 0
+    block = ["--block", "32"] if format == "int4" else []
+    assert module_of("quantize_llama").main([*made, *calibration, *block]) == 0
     texts = [arg for arg in arguments[2:8]]
     output = ["--output", str(folder / "out" / "run"), "--device", "cpu"]
     assert script.main([str(folder / "first"), str(quantized), *texts, *output]) == 0
     score = result(folder, "quantized")
-    linears, weights = 14, 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
-    assert score["bits_per_weight"] == pytest.approx(4.5 + 32 * linears / weights)
+    assert score["bits_per_weight"] == pytest.approx(bits)
     assert score["dtype"] == "bfloat16" and score["text"]["kl"] > 0
+    assert score["made_by"] == f"ptq {format}, rtn, local, none" and score["quantize_seconds"] > 0
+
+
+@pytest.mark.parametrize("method, package", [("gptq", "optimum"), ("awq", "gptqmodel")])
+def test_a_format_whose_package_is_missing_names_it(tmp_path, method, package):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    save_tiny(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"model cannot be loaded: .*{package}"):
+        load_any(str(tmp_path / "model"))
+
+
+def test_a_gguf_file_counts_the_scales_of_its_blocks():
+    """SmolLM2's file: Q4_1, 32 weights in 16 bytes and two float16, but for what llama.cpp keeps at 8 bits."""
+    if not SMOLLM2.is_file():
+        pytest.skip(f"{SMOLLM2} is not there; make demo downloads it")
+    assert 5 <= gguf_bits(SMOLLM2) < 5.6
+
+
+def test_a_hub_id_that_is_not_there_is_refused(script, job, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert script.main(["no/body", *job[1]]) == 1
+    assert capsys.readouterr().err.startswith("error: no/body cannot be loaded: ")
+
+
+def test_batch_size_auto_gives_the_same_numbers(script, job):
+    folder, arguments = job
+    assert script.main(arguments) == 0
+    fixed = result(folder, "first")["tasks"]["arc_easy"]["metrics"]
+    arguments[arguments.index("--output") + 1] = str(folder / "auto" / "run")
+    assert script.main([*arguments, "--batch-size", "auto"]) == 0
+    auto = json.loads((folder / "auto" / "run.first.json").read_text())["tasks"]["arc_easy"]["metrics"]
+    assert {key: metric["value"] for key, metric in auto.items()} == {key: metric["value"] for key, metric in fixed.items()}
 
 
 def test_other_tokens_give_no_kl(script, job):

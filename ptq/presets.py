@@ -1,0 +1,80 @@
+"""Texts from the Hugging Face hub: what a name means, exactly.
+
+`NAME[:SPLIT]` for a preset, `owner/dataset[:config[:split]]` for anything else with a column "text".  Rows are taken in the
+order in which the dataset has them; which windows of them are used is the caller's affair, and the caller's seed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+HUB_DOCUMENTS = 4096
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`splits`: split -> the files to read, None for all; the first split is the default.  `rows`: how many, None for all.
+
+    `join`: rows become one document with this between them; None: a row is a document.  `column` holds text, or chat messages,
+    whose contents are joined by blank lines, without a chat template.
+    """
+
+    dataset: str
+    splits: dict[str, str | None]
+    config: str | None = None
+    column: str = "text"
+    rows: int | None = HUB_DOCUMENTS
+    join: str | None = field(default=None)
+
+
+PRESETS = {
+    # One text, as the GPTQ paper's code makes it; its rows are lines, most of them empty.
+    "wikitext": Preset(
+        "Salesforce/wikitext", {"train": None, "validation": None, "test": None}, "wikitext-2-raw-v1", rows=None, join="\n\n"
+    ),
+    # The first file of each split: the whole has 1024 and 8.
+    "c4": Preset(
+        "allenai/c4",
+        {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
+    ),
+    "ultrachat": Preset("HuggingFaceH4/ultrachat_200k", {"train_sft": None, "test_sft": None}, column="messages"),
+    "pile": Preset("NeelNanda/pile-10k", {"train": None}),
+}
+
+
+def find_preset(source: str) -> tuple[Preset, str] | None:
+    """(what to load, split) of a name, None for what is no dataset's.  Raises ValueError for a split that a preset lacks."""
+    name, *rest = source.split(":")
+    if name in PRESETS:
+        split = rest[0] if rest else next(iter(PRESETS[name].splits))
+        if split not in PRESETS[name].splits or len(rest) > 1:
+            raise ValueError(f"text {source!r}: {name} has the splits {', '.join(PRESETS[name].splits)}")
+        return PRESETS[name], split
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and len(rest) <= 2:
+        config, split = (rest[0] or None if rest else None), (rest[1] if len(rest) == 2 else "train")
+        return Preset(name, {split: None}, config), split
+    return None
+
+
+def hub_documents(source: str, preset: Preset, split: str) -> list[str]:
+    """The documents, streamed.  Raises ValueError that says why the dataset cannot be loaded."""
+    from datasets import load_dataset
+
+    file = preset.splits[split]
+    options = {"data_files": {split: file}} if file else {"name": preset.config}
+    try:
+        stream = load_dataset(preset.dataset, split=split, streaming=True, **options)  # type: ignore[arg-type]
+        texts = list(islice(texts_of(stream, preset.column), preset.rows))
+    except KeyError:
+        raise ValueError(f'dataset {preset.dataset!r} has no column "{preset.column}"') from None
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"text {source!r} is no file here, and as a dataset it cannot be loaded: {reason}") from None
+    return texts if preset.join is None else [preset.join.join(texts)]
+
+
+def texts_of(rows: Any, column: str) -> Iterator[str]:
+    for row in rows:
+        value = row[column]
+        yield value if isinstance(value, str) else "\n\n".join(message["content"] for message in value)

@@ -1,0 +1,219 @@
+#!/usr/bin/env python
+"""Many methods and formats on one model, from one calibration pass: accuracy against bits per weight, with time.
+
+    python scripts/compare.py MODEL --calibration c4.jsonl.gz --text wiki.test.raw --output results/llama
+    python scripts/compare.py MODEL --formats nvfp4 --cases rtn-absmax-none gptq-joint-sampled --text test.txt --output DIR
+
+The Hessians of the unquantized model are collected once and kept in DIR/hessians; every case solves all linears against them, and
+its result is written to DIR as soon as it is there.  The same command again goes on where it stopped.  --sequential calibrates each
+case by itself on the layers quantized before, as quantize_llama.py does: slower, and what a checkpoint would have.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ptq.calibration import all_windows, read_documents, sample_windows
+from ptq.config import QuantConfig
+from ptq.eval.checkpoint import Loaded, bits_per_weight, load_any
+from ptq.eval.logits import KeptLogits
+from ptq.eval.logits import run as run_model
+from ptq.eval.report import markdown, page
+from ptq.eval.results import stamp, surroundings, write
+from ptq.eval.text import First, Text, measure_text, tokenize
+from ptq.formats import FORMATS, get_format
+from ptq.models.llama import LlamaAdapter
+from ptq.models.loading import check_fit, quiet
+from ptq.plan import make_plan, with_block
+from ptq.runner import quantize_model
+from ptq.shared_hessians import quantize_from, store_hessians
+from ptq.token_weights import token_weights
+
+CASES = ["rtn-absmax-none", "rtn-local-none", "gptq-absmax-none", "gptq-mse-none", "gptq-local-none", "gptq-joint-sampled"]
+TOKENS_AT_ONCE = 4096
+ORIGINAL = "original"
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="local folder, hub id or .gguf file, not quantized")
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=["nvfp4", "mxfp4", "int4"], help="default: all but one"
+    )
+    parser.add_argument(
+        "--cases", nargs="+", default=CASES, metavar="METHOD-SCALES-WEIGHTS", help=f"default: {' '.join(CASES)}"
+    )
+    parser.add_argument("--block", type=int, metavar="N", help="weights a scale of int4")
+    parser.add_argument("--damp", type=float, default=0.01, help="default: %(default)s")
+    parser.add_argument("--calibration", default="builtin", metavar="TEXT", help="as quantize_llama.py (default: %(default)s)")
+    parser.add_argument("--sequences", type=int, default=64, metavar="N", help="default: %(default)s")
+    parser.add_argument("--length", type=int, default=1024, metavar="N", help="tokens a sequence (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which sequences are drawn (default: %(default)s)")
+    parser.add_argument("--text", required=True, metavar="TEXT", help="for perplexity and KL")
+    parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens a window (default: %(default)s)")
+    parser.add_argument("--windows", type=int, metavar="N", help="the first N windows only")
+    parser.add_argument("--sequential", action="store_true", help="calibrate each case by itself")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="results, report and Hessians")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    for name, least in {"sequences": 1, "length": 2, "window": 2, "windows": 1}.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
+    return args
+
+
+def configs_of(args: argparse.Namespace) -> dict[str, tuple[QuantConfig, str]]:
+    """(what to do, whose weights tokens have) by label.  Raises ValueError for a case that there is not."""
+    found = {}
+    for name in args.formats:
+        for case in args.cases:
+            if case.count("-") != 2 or case.rpartition("-")[2] not in ("none", "text", "sampled"):
+                raise ValueError(
+                    f"case {case!r}: a case is METHOD-SCALES-WEIGHTS, such as gptq-local-none; weights none, text, sampled"
+                )
+            method, rule, weighing = case.split("-")
+            format = with_block(get_format(name), args.block if name == "int4" else None)
+            found[f"{name}-{case}"] = QuantConfig(format, method, rule, args.damp), weighing
+    return found
+
+
+def run(args: argparse.Namespace) -> list[dict]:
+    """The whole job: one result for the model and for each case, the report at the end."""
+    configs = configs_of(args)
+    wanted = {label: settings(args, label) for label in (ORIGINAL, *configs)}
+    results = {label: earlier(args.output / f"{label}.json", wanted[label]) for label in wanted}
+    texts = {source: read_documents(source) for source in (args.calibration, args.text)}
+    if not all(results.values()):
+        with quiet():
+            loaded = load_any(args.model, dtype=torch.float32, device=args.device)
+        loaded.model.requires_grad_(False)
+        for config, _ in configs.values():
+            make_plan(LlamaAdapter(loaded.model), config)
+        args.output.mkdir(parents=True, exist_ok=True)
+        text = Text(args.text, texts[args.text], args.window, args.windows)
+        for label, result in measure(loaded, text, texts[args.calibration], configs, results, args):
+            results[label] = result | {"settings": wanted[label]}
+            write(args.output / f"{label}.json", json.dumps(results[label], indent=1))
+    done = [result for result in results.values() if result]
+    write(args.output / "report.md", markdown(done))
+    write(args.output / "report.html", page(done))
+    return done
+
+
+def settings(args: argparse.Namespace, label: str) -> dict[str, Any]:
+    """What a result depends on."""
+    names = ("damp", "block", "calibration", "sequences", "length", "seed", "text", "window", "windows", "sequential", "device")
+    files = {source: stamp(source) for source in (args.model, args.calibration, args.text)}
+    return {"label": label, "model": args.model, "files": files} | {name: getattr(args, name) for name in names}
+
+
+def earlier(path: Path, wanted: Mapping[str, Any]) -> dict | None:
+    """The result of an earlier run.  Raises ValueError where it has other settings."""
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    if found["settings"] != wanted:
+        changed = [name for name in wanted if found["settings"].get(name) != wanted[name]]
+        raise ValueError(f"{path} was measured with another {', '.join(changed)}; name another --output")
+    return found
+
+
+def measure(
+    loaded: Loaded,
+    text: Text,
+    calibration: list[str],
+    configs: Mapping[str, tuple[QuantConfig, str]],
+    results: Mapping[str, dict | None],
+    args: argparse.Namespace,
+) -> Iterator[tuple[str, dict]]:
+    """(label, result) of what is missing."""
+    tokens = tokenize(args.model, loaded, text)
+    kept = KeptLogits(run_model(loaded.model, ORIGINAL), args.output, len(tokens.windows))
+    common = {"dtype": "float32", "bytes": None, "load_seconds": None, "tasks": {}, **surroundings(args.device)}
+
+    def scored(label: str, model: Loaded, first: First | None) -> dict:
+        logits = kept if first is None else run_model(model.model, label)
+        bar = lambda windows: tqdm(windows, label, unit="window", disable=None)  # noqa: E731
+        return common | {"label": label, "text": measure_text(label, model, logits, text, tokens, first, bar)}
+
+    original = results[ORIGINAL]
+    if not original:
+        stored = bits_per_weight(loaded.model, loaded.files)
+        original = scored(ORIGINAL, loaded, None) | {"bits_per_weight": stored, "quantize_seconds": None}
+        yield ORIGINAL, original
+    first = First(kept, original["text"]["fingerprint"], original["text"]["vocabulary"])
+    missing = {label: config for label, config in configs.items() if not results[label]}
+    batches, weighings = calibrate(loaded, calibration, missing, args)
+    for label, (config, weighing) in missing.items():
+        begin = time.perf_counter()
+        model = copy.deepcopy(loaded.model)
+        adapter = LlamaAdapter(model)
+        if args.sequential:
+            done = quantize_model(adapter, batches, config, weighings[weighing])
+        else:
+            done = quantize_from(adapter, args.output / "hessians", weighing, config)
+        for _ in tqdm(done, label, unit="linear", disable=None):
+            pass
+        seconds = time.perf_counter() - begin
+        result = scored(label, Loaded(model, loaded.tokenizer, 0.0, []), first)
+        yield label, result | {"bits_per_weight": config.format.bits_per_weight, "quantize_seconds": seconds, "made_by": label}
+
+
+def calibrate(
+    loaded: Loaded, documents: list[str], configs: Mapping[str, tuple[QuantConfig, str]], args: argparse.Namespace
+) -> tuple[tuple[Tensor, ...], dict]:
+    """(batches, token weights by name) of what the cases need; their Hessians are stored unless they are there already."""
+    wanted = sorted({weighing for _, weighing in configs.values()})
+    noted = args.output / "hessians" / "settings.json"
+    names = ("calibration", "sequences", "length", "seed", "model")
+    depends = {name: str(getattr(args, name)) for name in names} | {"files": [stamp(args.model), stamp(args.calibration)]}
+    there = json.loads(noted.read_text()) if noted.is_file() else {}
+    if not args.sequential and there.get("depends") == depends and set(wanted) <= set(there["weighings"]):
+        return (), dict.fromkeys(wanted)
+    windows = all_windows(
+        lambda text: loaded.tokenizer(text, verbose=False)["input_ids"], documents, args.length, args.calibration
+    )  # type: ignore[arg-type]
+    check_fit(int(windows.max()), loaded.model, args.model)
+    tokens = sample_windows(windows, args.sequences, args.seed, args.calibration).to(args.device)
+    batches = tokens.split(max(1, TOKENS_AT_ONCE // args.length))
+    adapter = LlamaAdapter(loaded.model)
+    seeds = {"text": None, "sampled": args.seed}
+    weighings = {name: None if name == "none" else token_weights(adapter, batches, seed=seeds[name]) for name in wanted}
+    if not args.sequential:
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        noted.unlink(missing_ok=True)
+        store_hessians(
+            adapter, batches, weighings, noted.parent, lambda layers: tqdm(layers, "Hessians", unit="layer", disable=None)
+        )
+        write(noted, json.dumps({"depends": depends, "weighings": wanted}))
+    return batches, weighings
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        print(markdown(run(args)), end="")
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; {args.output} holds the cases that were done, the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""scripts/compare.py and the Hessians it shares."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from ptq.config import QuantConfig
+from ptq.formats import NVFP4
+from ptq.models.llama import LlamaAdapter
+from ptq.runner import quantize_model
+from ptq.shared_hessians import quantize_from, store_hessians
+
+from .test_evaluate import module_of
+from .tiny import TEXT, save_tiny, tiny_model
+
+
+@pytest.fixture(scope="module")
+def script():
+    return module_of("compare")
+
+
+def batches() -> list[torch.Tensor]:
+    return list(torch.randint(0, 64, (6, 32), generator=torch.Generator().manual_seed(2)).split(2))
+
+
+def test_the_first_layer_is_the_sequential_runners_and_the_others_see_the_original(tmp_path):
+    model = tiny_model()
+    store_hessians(LlamaAdapter(model), batches(), {"none": None}, tmp_path)
+    config = QuantConfig(NVFP4, "gptq", "local")
+    shared, sequential = copy.deepcopy(model), copy.deepcopy(model)
+    names = [name for name, _ in quantize_from(LlamaAdapter(shared), tmp_path, "none", config)]
+    assert len(names) == 14 and len(set(names)) == 14
+    for _ in quantize_model(LlamaAdapter(sequential), batches(), config):
+        pass
+    first, second = ({k: v for k, v in shared.state_dict().items() if f"layers.{i}." in k} for i in (0, 1))
+    theirs = sequential.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in first.items())
+    assert not all(torch.equal(tensor, theirs[name]) for name, tensor in second.items())
+    partly = copy.deepcopy(model)  # the second layer quantized alone has the Hessians of the original
+    partly.model.layers[1].load_state_dict(shared.model.layers[1].state_dict())
+    again = copy.deepcopy(model)
+    seen = dict(quantize_from(LlamaAdapter(again), tmp_path, "none", config))
+    weight = partly.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(seen["model.layers.1.mlp.up_proj"].dequantize(), weight)
+
+
+def test_activations_that_are_not_finite_name_the_stage(tmp_path):
+    model = tiny_model()
+    model.model.layers[1].input_layernorm.weight.data[3] = float("inf")
+    with pytest.raises(ValueError, match=r"model.layers.1.self_attn.q_proj: non-finite activations in 1 input columns"):
+        store_hessians(LlamaAdapter(model), batches(), {"none": None}, tmp_path)
+
+
+@pytest.fixture
+def job(tmp_path):
+    save_tiny(tmp_path / "model", dtype=torch.bfloat16)
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = str(tmp_path / "text.txt")
+    calibration = ["--calibration", text, "--sequences", "4", "--length", "32"]
+    cases = ["--cases", "rtn-absmax-none", "gptq-local-none", "gptq-joint-sampled", "--formats", "nvfp4", "mxfp4"]
+    evaluation = ["--text", text, "--window", "64", "--windows", "3", "--device", "cpu"]
+    return tmp_path, [str(tmp_path / "model"), *cases, *calibration, *evaluation, "--output", str(tmp_path / "out")]
+
+
+def test_cases_are_kept_one_by_one_and_a_second_run_goes_on(script, job, capsys, monkeypatch):
+    folder, arguments = job
+    quantize, done = script.quantize_from, []
+
+    def interrupted(*args):
+        done.append(args[2])
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return quantize(*args)
+
+    monkeypatch.setattr(script, "quantize_from", interrupted)
+    assert script.main(arguments) == 130
+    assert sorted(path.stem for path in (folder / "out").glob("*.json")) == [
+        "nvfp4-gptq-local-none",
+        "nvfp4-rtn-absmax-none",
+        "original",
+    ]
+    capsys.readouterr()
+    monkeypatch.setattr(script, "store_hessians", None)  # they are there
+    assert script.main(arguments) == 0 and len(done) == 3 + 4
+    printed = capsys.readouterr().out
+    assert "mxfp4-gptq-joint-sampled" in printed and printed.strip() == (folder / "out" / "report.md").read_text().strip()
+    result = json.loads((folder / "out" / "mxfp4-gptq-local-none.json").read_text())
+    assert result["bits_per_weight"] == 4.25 and result["text"]["kl"] > 0 and result["quantize_seconds"] > 0
+    assert (folder / "out" / "report.html").read_text().count("<svg") == 2
+    assert script.main([*arguments, "--damp", "0.1"]) == 1
+    assert "was measured with another damp; name another --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--cases", "gptq-local"], "case 'gptq-local': a case is METHOD-SCALES-WEIGHTS"),
+        (["--cases", "rtn-joint-none"], "scale rule 'joint' follows GPTQ's error feedback"),
+        (["--formats", "int4"], "which blocks of 128 do not divide"),
+        (["--text", "nowhere.txt"], "is not there"),
+    ],
+)
+def test_bad_input_ends_in_one_line_before_any_work(script, job, capsys, extra, message):
+    folder, arguments = job
+    assert script.main([*arguments, *extra]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and message in errors[0] and not (folder / "out").exists()
