@@ -96,6 +96,7 @@ def solve_stage(stage: Stage, sums: Sums | None, config: QuantConfig, curvature:
     H, tokens = (sums.hessian.take_mean(), sums.hessian.tokens) if sums else (None, 0)
     W = T = torch.cat([linear.weight.float() for linear in stage.values()])
     if sums and sums.drift:
+        assert H is not None
         with phase("drift"):
             T = sums.drift.target(W, H, sums.hessian.weight, strength=config.drift, ridge=config.ridge)
     tensor_scale = choose_tensor_scale(T, config.format)

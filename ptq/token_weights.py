@@ -112,7 +112,7 @@ def descend(
     own = {
         layer.get_submodule(name): f"{prefix}.{name}" for prefix, layer in part for stage in adapter.stages for name in stage
     }
-    G = {} if curvature is None else {linear: square(linear.out_features, hidden.device) for linear in own}
+    G = {} if curvature is None else {linear: square(linear.out_features, hidden.device) for linear in own}  # type: ignore[arg-type]
 
     def work(rows: slice) -> None:
         gradients: list[tuple[nn.Module, Tensor]] = []

@@ -176,7 +176,8 @@ def main() -> int:
             for text, score in found.items():
                 windows = score.tokens // (score.window - 1)
                 row: dict = common | settings | {"test_text": text, "windows": windows}
-                writer.writerow(row | {"ppl": round(score.ppl, 4), "kl": round(score.kl, 6)})
+                row |= {"ppl": round(score.ppl, 4), "kl": round(score.kl, 6)}
+                writer.writerow(row)
                 print(
                     f"{' '.join(map(str, settings.values())):60} {text:18} ppl {score.ppl:8.3f}  KL {score.kl:.5f}", flush=True
                 )

@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 Row = dict[str, str]
 
@@ -21,7 +22,7 @@ def method(row: Row) -> str:
     return " ".join(words + ["rows"] * (row["row_feedback"] == "True"))
 
 
-def draw_kl(axis: plt.Axes, rows: list[Row], model: str, text: str) -> None:
+def draw_kl(axis: Axes, rows: list[Row], model: str, text: str) -> None:
     """A bar for each NVFP4 method, the mean over seeds, and a mark for each seed."""
     found: dict[str, list[float]] = defaultdict(list)
     for row in rows:
@@ -34,7 +35,7 @@ def draw_kl(axis: plt.Axes, rows: list[Row], model: str, text: str) -> None:
     axis.set(title=f"{model}, NVFP4, {text}", xlabel="KL(original ‖ quantized), nats a token")
 
 
-def draw_layers(axis: plt.Axes, rows: list[Row]) -> None:
+def draw_layers(axis: Axes, rows: list[Row]) -> None:
     """The held-out error of the last linear of each layer, which shows how the loss builds up."""
     model = rows[-1]["model"]
     found: dict[str, list[float]] = defaultdict(list)
