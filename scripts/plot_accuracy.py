@@ -45,8 +45,8 @@ def draw_layers(axis: Axes, rows: list[Row]) -> None:
             found[method(row)].append(float(row["held_out_error"]))
     for name, errors in found.items():
         axis.plot(errors, "o-", markersize=3, label=name)
-    axis.set(title=f"{model}: down_proj, held-out tokens", xlabel="layer", ylabel="‖ŷ - y‖ / ‖y‖")
-    axis.legend()
+    axis.set(ylim=(0, None), title=f"{model}: down_proj, held out", xlabel="layer", ylabel="‖ŷ - y‖ / ‖y‖")
+    axis.legend(loc="upper left", fontsize="small")
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     with arguments.csv.with_name("linears.csv").open() as file:
         linears = list(csv.DictReader(file))
     models = sorted({row["model"] for row in rows})
-    figure, axes = plt.subplots(1, len(models) + 1, figsize=(6.5 * len(models) + 6, 5))
+    figure, axes = plt.subplots(1, len(models) + 1, figsize=(8 * len(models) + 7, 5))
     for axis, model in zip(axes, models, strict=False):
         draw_kl(axis, rows, model, "wiki.test.raw.gz")
     draw_layers(axes[-1], linears)
