@@ -19,12 +19,13 @@ class HeldOut:
         """Runs the original's layer; to be called before it is quantized."""
         self._outputs, self._original = self._run(layer, self._original)
 
-    def after(self, layer: nn.Module) -> dict[str, Tensor]:
+    def after(self, layer: nn.Module) -> dict[str, float]:
         """Runs the quantized layer.  By name inside it, ‖ŷ - y‖ / ‖y‖ of each linear's outputs, y being the original's: what its
-        own rounding and all that was quantized before it do together.  () float32 on the device."""
+        own rounding and all that was quantized before it do together."""
         outputs, self._quantized = self._run(layer, self._quantized)
         before, self._outputs = self._outputs, {}
-        return {name: (outputs[name] - y).float().norm() / y.float().norm() for name, y in before.items()}
+        errors = torch.stack([(outputs[name] - y).float().norm() / y.float().norm() for name, y in before.items()])
+        return dict(zip(before, errors.tolist(), strict=True))
 
     @torch.no_grad()
     def _run(self, layer: nn.Module, hidden: Tensor) -> tuple[dict[str, Tensor], Tensor]:

@@ -96,7 +96,8 @@ def quantize_layers(
     for index, (prefix, layer) in enumerate(adapter.layers(range(0 if hidden else finished, len(adapter.names)))):
         index += 0 if hidden else finished
         if watch:
-            watch.before(layer)
+            with phase("report"):
+                watch.before(layer)
         original = Original(copy.deepcopy(layer), unquantized) if unquantized else None
         if index < finished:
             assert hidden and restore
@@ -113,8 +114,9 @@ def quantize_layers(
                     sums = collect(adapter, layer, part, hidden, weights, team, sequences, original)
                 records += quantize_stages(part, sums, config, team, quantized, curvature or {})
             if watch:
-                errors = watch.after(layer)
-                records = [replace(one, held_out_error=float(errors[one.name[len(prefix) + 1 :]])) for one in records]
+                with phase("report"):
+                    errors = watch.after(layer)
+                records = [replace(one, held_out_error=errors[one.name[len(prefix) + 1 :]]) for one in records]
             yield LayerResult(index, layer, records, quantized, hidden.batch if hidden else batch)
         with phase("forward"):
             if hidden:

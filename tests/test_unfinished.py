@@ -91,6 +91,26 @@ def test_an_unfinished_run_is_offered_and_one_of_other_settings_is_refused(main,
     assert contents(output) == contents(tmp_path / "again")
 
 
+@pytest.mark.parametrize("options", [["--effort", "fast"], ["--effort", "best"], ["--drift", "half"]], ids=" ".join)
+def test_every_effort_goes_on_to_the_same_bytes(main, tmp_path, job, options, monkeypatch):  # noqa: F811
+    """The disk is full when the second of three layers is written."""
+    output, write = tmp_path / "out", Unfinished.write_layer
+
+    def full(self, prefix, done, *arguments):
+        if done.index == 1:
+            raise OSError(28, "No space left on device")
+        write(self, prefix, done, *arguments)
+
+    arguments = [*job, *options, "--device", "cpu", "--output"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "write_layer", full)
+        assert main([*arguments, str(output)]) == 1
+    assert len(list((unfinished_folder(output) / "layers").iterdir())) == 1
+    assert main([*arguments, str(output), "--resume"]) == 0
+    assert main([*arguments, str(tmp_path / "again")]) == 0
+    assert contents(output) == contents(tmp_path / "again")
+
+
 def test_what_differs_is_said():
     about = fingerprint({"a.safetensors": [10, "x"]}, TOKENS, {"method": "gptq"})
     other = fingerprint({"a.safetensors": [11, "x"]}, TOKENS, {"method": "rtn"})
