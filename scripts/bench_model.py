@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 
 from ptq.activations import default_batch
 from ptq.clock import Clock, timed
-from ptq.config import QuantConfig
+from ptq.config import DRIFTS, QuantConfig
 from ptq.distributed import Team, joined
 from ptq.estimate import floor_seconds, operations, shape_of
 from ptq.formats import get_format
@@ -35,9 +35,11 @@ from ptq.models.random import SHAPES, random_adapter, shape_config
 from ptq.plan import make_plan
 from ptq.unfinished import Unfinished
 
-PHASES = ("load", "weigh", "forward", "hessian", "factorization", "sweep", "report", "write", "communicate")
+HELD_OUT = 4  # as many sequences as quantize_llama.py measures on
+PHASES = ("load", "weigh", "forward", "hessian", "drift", "factorization", "sweep", "report", "write", "communicate")
 FIELDS = (
-    *("shape", "gpus", "method", "scales", "token_weights", "layers", "sequences", "length", "batch", "deterministic"),
+    *("shape", "gpus", "method", "scales", "token_weights", "drift", "row_feedback"),
+    *("layers", "sequences", "length", "batch", "deterministic"),
     *("seconds_total", *(f"{phase}_s" for phase in PHASES), "peak_gpu_gb", "peak_host_gb", "floor_seconds", "tflops"),
     *("gpu", "commit"),
 )
@@ -51,6 +53,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--scales", default="joint")
     parser.add_argument("--token-weights", choices=("none", "text", "sampled"), default="sampled")
+    parser.add_argument("--drift", choices=DRIFTS, default="none")
+    parser.add_argument("--row-feedback", action="store_true")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, help="sequences at once (default: by the width)")
@@ -70,11 +74,21 @@ def parse_arguments() -> argparse.Namespace:
 def make_job(args: argparse.Namespace, config: LlamaConfig, sequences: int) -> Job:
     device = torch.device(args.device)
     adapter = random_adapter(config, device)
-    quantization = QuantConfig(get_format(args.format), args.method, args.scales)
+    more = DRIFTS[args.drift] | {"row_feedback": args.row_feedback}
+    quantization = QuantConfig(get_format(args.format), args.method, args.scales, **more)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config.vocab_size, (sequences, args.length), generator=generator)
+    tokens = torch.randint(0, config.vocab_size, (sequences + HELD_OUT, args.length), generator=generator)
     plan = make_plan(adapter, quantization)
-    return Job(adapter, quantization, plan, tokens, device, weighing=args.token_weights, batch=args.batch)
+    return Job(
+        adapter,
+        quantization,
+        plan,
+        tokens[:sequences],
+        device,
+        args.token_weights,
+        batch=args.batch,
+        held_out=tokens[sequences:],
+    )
 
 
 def run(job: Job, team: Team, folder: Path) -> None:
@@ -125,7 +139,8 @@ def main() -> int:
     if team.rank:
         return 0
     row |= {
-        name: getattr(args, name) for name in ("shape", "method", "scales", "token_weights", "sequences", "length", "batch")
+        name: getattr(args, name)
+        for name in ("shape", "method", "scales", "token_weights", "drift", "row_feedback", "sequences", "length", "batch")
     }
     row |= {"deterministic": args.deterministic, "gpus": team.size, "commit": args.commit}
     row["gpu"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
