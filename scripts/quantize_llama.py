@@ -268,14 +268,14 @@ def rounded(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
 def compare(
     args: argparse.Namespace, config: QuantConfig, folder: Path, label: str, held_out: Tensor | None
 ) -> dict[str, Score]:
-    """Scores of the original, of RTN with absmax scales, and of the checkpoint as transformers loads it."""
+    """Scores of the original, of RTN with absmax scales, and of the checkpoint as transformers loads it, all in one dtype."""
     if held_out is None:
         return {}
     with quiet():
         original, _ = load_model(args.model, dtype=model_dtype(args), device=args.device)
-        checkpoint = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE, attn_implementation="sdpa").to(args.device).eval()
-        )
+        checkpoint = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE, attn_implementation="sdpa").to(args.device)
+        checkpoint.eval()(held_out[:1, :2].to(args.device))  # weights are unpacked at the first forward
+        checkpoint.to(original.dtype)
     models = {"original": original, "rtn": rounded(copy.deepcopy(original), config), label: checkpoint}
     return evaluate(models, tqdm(held_out, "evaluate", unit="window", disable=None))
 
