@@ -275,7 +275,7 @@ def compare(
         original, _ = load_model(args.model, dtype=model_dtype(args), device=args.device)
         checkpoint = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE, attn_implementation="sdpa").to(args.device)
         checkpoint.eval()(held_out[:1, :2].to(args.device))  # weights are unpacked at the first forward
-        checkpoint.to(original.dtype)
+        checkpoint.to(dtype=original.dtype)  # type: ignore[call-arg]
     models = {"original": original, "rtn": rounded(copy.deepcopy(original), config), label: checkpoint}
     return evaluate(models, tqdm(held_out, "evaluate", unit="window", disable=None))
 
