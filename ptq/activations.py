@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq.adapter import Adapter
 
@@ -153,3 +153,12 @@ def each_batch(
         if restart is not None:
             restart()
             start = first
+
+
+def propagate(adapter: Adapter, layer: nn.Module, hidden: Activations, phase: str) -> None:
+    """Turns the layer's input into its output."""
+
+    def work(rows: slice) -> None:
+        hidden.store(rows, adapter.forward(layer, hidden.load(rows)))
+
+    each_batch(hidden, phase, work)

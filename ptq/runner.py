@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ptq.activations import Activations, each_batch, embed_all
+from ptq.activations import embed_all, propagate
 from ptq.adapter import Adapter
 from ptq.clock import phase
 from ptq.collect import Original, Stage, Sums, collect, first_of, owners_of
@@ -120,9 +120,9 @@ def quantize_layers(
             yield LayerResult(index, layer, records, quantized, hidden.batch if hidden else batch)
         with phase("forward"):
             if hidden:
-                propagate(adapter, layer, hidden)
+                propagate(adapter, layer, hidden, "forward")
             if original:
-                propagate(adapter, original.layer, original.hidden)
+                propagate(adapter, original.layer, original.hidden, "forward")
 
 
 def stages_of(adapter: Adapter, prefix: str, layer: nn.Module, plan: Plan) -> list[Stage]:
@@ -138,15 +138,6 @@ def linear_of(layer: nn.Module, name: str) -> nn.Linear:
     linear = layer.get_submodule(name)
     assert isinstance(linear, nn.Linear), name
     return linear
-
-
-def propagate(adapter: Adapter, layer: nn.Module, hidden: Activations) -> None:
-    """Turns the layer's input into its output."""
-
-    def work(rows: slice) -> None:
-        hidden.store(rows, adapter.forward(layer, hidden.load(rows)))
-
-    each_batch(hidden, "forward", work)
 
 
 def quantize_stages(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.clock import Moment, now, phase, seconds_between
-from ptq.collect import Stage, Sums
+from ptq.collect import Stage, Sums, first_of
 from ptq.config import QuantConfig
 from ptq.distributed import Team
 from ptq.formats import choose_tensor_scale
@@ -91,7 +91,7 @@ def solve_stage(stage: Stage, sums: Sums | None, config: QuantConfig, curvature:
     The sums are used up.  With row feedback each linear is solved with its own `curvature`.
     """
     sizes = [linear.out_features for linear in stage.values()]
-    device = next(iter(stage.values())).weight.device
+    device = first_of(stage).weight.device
     begin = now(device)
     H, tokens = (sums.hessian.take_mean(), sums.hessian.tokens) if sums else (None, 0)
     W = T = torch.cat([linear.weight.float() for linear in stage.values()])
@@ -143,7 +143,7 @@ def rough_energy(W: Tensor, H: Tensor) -> Tensor:
 
 def share_solved(stage: Stage, solved: Solved | None, owner: int, config: QuantConfig, team: Team) -> tuple[Quantized, Tensor]:
     """(quantized, numbers) of a stage on every rank; `solved` where it was solved, None elsewhere."""
-    first = next(iter(stage.values())).weight
+    first = first_of(stage).weight
     d_out, d_in = sum(linear.out_features for linear in stage.values()), first.shape[1]
     if solved:
         quantized, numbers = solved.quantized, solved.numbers

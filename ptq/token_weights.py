@@ -18,7 +18,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from ptq.activations import Activations, belongs_on_host, each_batch, embed_all
+from ptq.activations import Activations, belongs_on_host, each_batch, embed_all, propagate
 from ptq.adapter import Adapter
 from ptq.clock import phase
 from ptq.hessian import add_full
@@ -77,11 +77,7 @@ def climb(adapter: Adapter, hidden: Activations, starts: list[int], on_host: boo
     for index, (_, layer) in enumerate(adapter.layers(range(starts[-1]))):
         if index in starts:
             kept.append(hidden.copy(host))
-
-        def work(rows: slice, layer: nn.Module = layer) -> None:
-            hidden.store(rows, adapter.forward(layer, hidden.load(rows)))
-
-        each_batch(hidden, "weigh", work)
+        propagate(adapter, layer, hidden, "weigh")
     return kept
 
 

@@ -91,9 +91,10 @@ def sweep_row_panels(
     parts = []
     for start in range(0, len(x), row_panel):
         own, later = slice(start, start + row_panel), slice(start + row_panel, None)
-        q, scales, loss = sweep_rows(x[order[own]])
+        target = x[order[own]]
+        q, scales, loss = sweep_rows(target)
         values = (rearrange(q, "r (b k) -> r b k", b=scales.shape[1]) * scales[..., None]).flatten(1)
-        E = torch.linalg.solve_triangular(V[own, own].T, x[order[own]] - values, upper=False)
+        E = torch.linalg.solve_triangular(V[own, own].T, target - values, upper=False)
         x[order[later]] -= V[own, later].T @ E
         parts.append((q, scales, loss))
     q, scales, loss = (torch.cat(part)[order.argsort()] for part in zip(*parts, strict=True))
