@@ -16,12 +16,14 @@ from ptq.watch import watch_inputs, watch_linears
 Stage = dict[str, nn.Linear]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Original:
-    """The layer as it was, and what the original model puts into it."""
+    """The layer as it was, what the original model puts into it, and room for what comes out; `ran`: whether that is there."""
 
     layer: nn.Module
     hidden: Activations
+    output: Activations
+    ran: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def collect_drift(
     groups: list[slice],
     original: Original,
 ) -> list[Sums]:
-    """Both models run up to the last of the stages; to the end of the layer where its stream is known only from there."""
+    """Both models run up to the last of the stages; to the end of the layer where its stream is known only from there, and then
+    the original's output is kept."""
     local = {linear: name for name, linear in layer.named_modules()}
     firsts = {name: (local[linear], linear) for name, linear in (next(iter(stage.items())) for stage in stages)}
     wanted = [own for own, _ in firsts.values()]
@@ -122,8 +125,10 @@ def collect_drift(
             sums[name] = Sums(Hessian(linear.in_features, device=device), drift)
 
     def work(rows: slice) -> None:
-        ours = look(adapter, layer, wanted, hidden.load(rows))
-        theirs = look(adapter, original.layer, wanted, original.hidden.load(rows))
+        ours, _ = look(adapter, layer, wanted, hidden.load(rows))
+        theirs, output = look(adapter, original.layer, wanted, original.hidden.load(rows))
+        if output is not None:
+            original.output.store(rows, output)
         with phase("hessian"):
             for name, (own, _) in firsts.items():
                 (x, stream), (x_original, stream_original) = ours[own], theirs[own]
@@ -136,12 +141,17 @@ def collect_drift(
 
     restart()
     each_batch(hidden, "forward", work, groups=groups, restart=restart)
+    original.ran = adapter.writers[-1] in wanted
     return list(sums.values())
 
 
-def look(adapter: Adapter, layer: nn.Module, wanted: list[str], hidden: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """For linears of the layer, by name in the order they run: the input, and the stream the output is added to, if it is."""
+def look(
+    adapter: Adapter, layer: nn.Module, wanted: list[str], hidden: Tensor
+) -> tuple[dict[str, tuple[Tensor, Tensor | None]], Tensor | None]:
+    """For linears of the layer, by name in the order they run: the input, and the stream the output is added to, if it is.
+    And the layer's output, if it ran to its end."""
     first, last = adapter.writers
+    output = None
     names = {layer.get_submodule(name): name for name in wanted}
     inputs: dict[str, Tensor] = {}
     streams: dict[str, Tensor] = {first: hidden}
@@ -155,9 +165,9 @@ def look(adapter: Adapter, layer: nn.Module, wanted: list[str], hidden: Tensor) 
             inputs[names[linear]], outputs[names[linear]] = x, y
 
         with watch_linears(names, see):
-            streams[last] = adapter.forward(layer, hidden)
-        streams[last] = streams[last] - outputs[last]
-    return {name: (inputs[name], streams.get(name)) for name in wanted}
+            output = adapter.forward(layer, hidden)
+        streams[last] = output - outputs[last]
+    return {name: (inputs[name], streams.get(name)) for name in wanted}, output
 
 
 def first_of(stage: Stage) -> nn.Linear:

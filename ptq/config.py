@@ -19,6 +19,25 @@ DRIFTS: dict[str, dict] = {
     "half": {"drift": 0.5, "stagewise": False},
     "full": {"drift": 1.0, "stagewise": True},
 }
+# What a calibration token counts for in H (ptq.token_weights).
+WEIGHTS = ("none", "text", "sampled")
+
+
+def settings_of(case: str) -> dict:
+    """What an effort sets, or a case METHOD-SCALES-WEIGHTS[-half|-full][-rows]: method, what `EFFORTS` names, and `effort`, ""
+    where the case is none.  Raises ValueError for neither."""
+    if case in EFFORTS:
+        return {"method": "gptq", **EFFORTS[case], "effort": case}
+    method, scales, weights, *more = [*case.split("-"), "", ""]
+    drift = next((word for word in more if word in DRIFTS), "none")
+    if method not in METHODS or scales not in RULES or weights not in WEIGHTS or set(more) - {"", "rows", *DRIFTS}:
+        raise ValueError(
+            f"no such case: {case!r}; write {' | '.join(EFFORTS)}, or METHOD-SCALES-WEIGHTS[-half|-full][-rows] with METHOD "
+            f"{' | '.join(METHODS)}, SCALES {' | '.join(RULES)} and WEIGHTS {' | '.join(WEIGHTS)}"
+        )
+    chosen = {"scales": scales, "token_weights": weights, "drift": drift, "row_feedback": "rows" in more}
+    effort = next((name for name, settings in EFFORTS.items() if method == "gptq" and settings == chosen), "")
+    return {"method": method, **chosen, "effort": effort}
 
 
 @dataclass(frozen=True)

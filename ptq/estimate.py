@@ -38,6 +38,8 @@ class Shape:
     weigh: bool = True
     calibrate: bool = True
     feedback: bool = True
+    drift: bool = False
+    stagewise: bool = True
 
     @property
     def tokens(self) -> int:
@@ -62,6 +64,8 @@ def shape_of(plan: Plan, adapter: Adapter, sequences: int, length: int, config: 
         weigh=weighing != "none",
         calibrate=config.needs_calibration,
         feedback=config.method == "gptq",
+        drift=config.drift > 0,
+        stagewise=config.stagewise,
     )
 
 
@@ -76,8 +80,11 @@ def operations(shape: Shape) -> dict[str, float]:
         head = 2 * T * shape.head[0] * shape.head[1]
         counts["weigh"] = climbed * (linear + attention) + layers * (2 * linear + 3.5 * attention) + 2 * head
     if shape.calibrate:
-        counts["forward"] = 2 * layers * (linear + attention)
+        counts["forward"] = (3 if shape.drift else 2) * layers * (linear + attention)
         counts["hessian"] = layers * sum(T * d_in * d_in for _, d_in in shape.stages)
+    if shape.drift:
+        counts["hessian"] += layers * 2 * T * drift_products(shape)
+        counts["drift"] = layers * sum(d_in**3 / 3 + 4 * d_out * d_in * d_in for d_out, d_in in shape.stages)
     if shape.feedback:
         counts["factorization"] = layers * sum(2 / 3 * d_in**3 for _, d_in in shape.stages)
         # the updates of a sweep are half a product; the certificate is a whole one
@@ -87,7 +94,13 @@ def operations(shape: Shape) -> dict[str, float]:
     return counts
 
 
-FLOAT32_PHASES = ("factorization", "sweep")
+def drift_products(shape: Shape) -> int:
+    """Elements of D and R of a layer's stages: the second and the fourth of them write to the stream."""
+    stream = shape.head[1]
+    return sum(d_in * d_in for _, d_in in shape.stages) + stream * (shape.attention + shape.inner)
+
+
+FLOAT32_PHASES = ("drift", "factorization", "sweep")
 
 
 def floor_seconds(shape: Shape) -> float:
@@ -118,9 +131,13 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
         found["weigh"] = (climbed * one_pass + layers * down + head / 548e12 + 7.5e-12 * T * shape.head[0]) / ranks
     if shape.calibrate:
         unneeded = 2 * T * shape.stages[-1][0] * shape.stages[-1][1] / 548e12  # the last product, when H is collected
-        found["forward"] = layers * (2 * one_pass - unneeded) / ranks
+        # with drift, the quantized model runs twice and the original once, and to the MLP twice each if stage by stage
+        to_mlp = (linear - 2 * T * 3 * shape.inner * shape.head[1] + attention) / 548e12 + 0.845e-12 * T * 9 * shape.head[1]
+        passes = 3 * one_pass + (4 * to_mlp if shape.stagewise else 0) if shape.drift else 2 * one_pass - unneeded
+        found["forward"] = layers * passes / ranks
         products = 1.25 * T * sum(d_in * d_in for _, d_in in shape.stages)
-        found["hessian"] = layers * (products / 534e12 + 2.26e-12 * T * columns) / ranks
+        products += 2 * T * drift_products(shape) if shape.drift else 0
+        found["hessian"] = layers * (products / 534e12 + (2 if shape.drift else 1) * 2.26e-12 * T * columns) / ranks
     if shape.feedback:
         costs = [solve_seconds(d_out, d_in) for d_out, d_in in shape.stages]
         owners = assign([sum(cost) for cost in costs], ranks)
@@ -159,7 +176,7 @@ def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = N
     layer, hidden = 2 * shape.layer_weights, 2 * tokens * d
     starts = -(-shape.layers // SEGMENT)
     kept = hidden * (starts - 1) if shape.weigh else 0
-    hidden_away = hidden > device_bytes * DEVICE_SHARE if on_host is None else on_host
+    hidden_away = hidden > device_bytes * DEVICE_SHARE if on_host is None else on_host  # each by itself
     kept_away = hidden * starts > device_bytes * DEVICE_SHARE if on_host is None else on_host
     at_once = batch * shape.length
     part = min(SEGMENT, shape.layers)
@@ -167,6 +184,9 @@ def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = N
     logits = POSITIONS_AT_ONCE * shape.head[0] * 18
     weigh = (0 if kept_away else kept) + (part + 1) * layer + small * part * graph_bytes(shape) + logits + 2 * shape.head[0] * d
     hessians = 4 * sum(d_in * d_in for _, d_in in shape.stages)
+    if shape.drift:
+        hessians = 4 * (2 * shape.inner + d) * shape.inner if shape.stagewise else hessians + 4 * drift_products(shape)
+        layer, hidden = layer * 4 // 3, 3 * hidden  # and the original's: a layer beside three, what goes into it and comes out
     collect = at_once * (20 * d + 16 * shape.inner)
     solve = max(6 * 4 * d_in * d_in + 7 * 4 * d_out * d_in for d_out, d_in in shape.stages)
     quantize = 3 * layer + hessians + max(collect, solve)

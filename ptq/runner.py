@@ -85,12 +85,12 @@ def quantize_layers(
         raise ValueError(
             "row feedback needs the curvature of the loss in every linear's outputs; give what token_weights leaves"
         )
-    hidden, unquantized, sequences = None, None, 0
+    hidden, beside, sequences = None, None, 0
     if batches:
         device = batches[0].device
         sequences = round(team.total(sum(len(tokens) for tokens in batches), device))
         hidden = embed_all(adapter, batches, on_host, team.local_groups(sequences))
-        unquantized = hidden.copy(on_host) if config.drift else None
+        beside = (hidden.copy(on_host), hidden.room(on_host)) if config.drift else None
     watch = None if held_out is None else HeldOut(adapter, held_out)
     weights = {name: torch.cat(parts) for name, parts in (token_weights or {}).items()}
     for index, (prefix, layer) in enumerate(adapter.layers(range(0 if hidden else finished, len(adapter.names)))):
@@ -98,10 +98,12 @@ def quantize_layers(
         if watch:
             with phase("report"):
                 watch.before(layer)
-        original = Original(copy.deepcopy(layer), unquantized) if unquantized else None
+        original = Original(copy.deepcopy(layer), *beside) if beside else None
         if index < finished:
             assert hidden and restore
             hidden.batch = restore(index, layer)
+            if original:
+                original.hidden.batch = hidden.batch
             if watch:
                 watch.after(layer)
         else:
@@ -121,7 +123,9 @@ def quantize_layers(
         with phase("forward"):
             if hidden:
                 propagate(adapter, layer, hidden, "forward")
-            if original:
+            if original and original.ran:
+                beside = original.output, original.hidden
+            elif original:
                 propagate(adapter, original.layer, original.hidden, "forward")
 
 

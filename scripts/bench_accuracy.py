@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from ptq.calibration import all_windows, read_documents, sample_windows
-from ptq.config import DRIFTS, QuantConfig
+from ptq.config import DRIFTS, QuantConfig, settings_of
 from ptq.eval.perplexity import Score, evaluate
 from ptq.formats import FORMATS, get_format
 from ptq.models.llama import LlamaAdapter
@@ -31,29 +31,15 @@ from ptq.token_weights import TokenWeights, token_weights
 
 HELD_OUT = 4
 FIELDS = (
-    "model format method scales token_weights drift stagewise row_feedback damp sequences length calibration seed "
+    "model format method scales token_weights drift row_feedback effort damp ridge sequences length calibration seed "
     "test_text windows ppl kl seconds gpu commit"
 )
-# method, scale rule, token weights; whether drift is made good, and errors are fed forward over rows
 CASES = (
-    ("rtn", "absmax", "none"),
-    ("rtn", "mse", "none"),
-    ("rtn", "local", "none"),
-    ("gptq", "absmax", "none"),
-    ("gptq", "mse", "none"),
-    ("gptq", "local", "none"),
-    ("gptq", "schur", "none"),
-    ("gptq", "joint", "none"),
-    ("gptq", "local", "sampled"),
-    ("gptq", "schur", "sampled"),
-    ("gptq", "joint", "sampled"),
-    ("rtn", "local", "none", "full"),
-    ("gptq", "local", "none", "full"),
-    ("gptq", "joint", "none", "full"),
-    ("gptq", "joint", "sampled", "half"),
-    ("gptq", "joint", "sampled", "full"),
-    ("gptq", "joint", "sampled", "rows"),
-    ("gptq", "joint", "sampled", "full", "rows"),
+    *("rtn-absmax-none", "rtn-mse-none", "rtn-local-none", "rtn-local-none-full"),
+    *(f"gptq-{rule}-none" for rule in ("absmax", "mse", "local", "schur", "joint")),
+    *(f"gptq-{rule}-sampled" for rule in ("local", "schur", "joint")),
+    *("gptq-local-none-full", "gptq-joint-none-half", "gptq-joint-none-full"),
+    *("gptq-joint-sampled-rows", "gptq-joint-sampled-full", "gptq-joint-sampled-full-rows"),
 )
 
 
@@ -64,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block", type=int, help="for int4")
     parser.add_argument("--damp", type=float, nargs="+", default=[0.01])
     parser.add_argument(
-        "--cases", nargs="+", metavar="METHOD-SCALES-WEIGHTS[-half|-full][-rows]", default=["-".join(case) for case in CASES]
+        "--cases", nargs="+", metavar="EFFORT|METHOD-SCALES-WEIGHTS[-half|-full][-rows]", default=CASES, help="(default: all)"
     )
     parser.add_argument("--calibration", nargs="+", required=True)
     parser.add_argument("--sequences", type=int, default=128)
@@ -80,20 +66,20 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def weights_of(
-    model: transformers.PreTrainedModel, batches: tuple[Tensor, ...], seed: int, cases: list[list[str]]
+    model: transformers.PreTrainedModel, batches: tuple[Tensor, ...], seed: int, cases: list[dict]
 ) -> tuple[dict[str, TokenWeights | None], dict[str, Tensor]]:
     """Token weights by name, of those the cases want, each but `none` a backward pass; and the curvature if one wants it."""
     adapter, curvature = LlamaAdapter(model), {}
     weights: dict[str, TokenWeights | None] = {"none": None}
-    for name in {case[2] for case in cases} - {"none"}:
-        rows = any("rows" in case and case[2] == name for case in cases)
+    for name in {case["token_weights"] for case in cases} - {"none"}:
+        rows = any(case["row_feedback"] and case["token_weights"] == name for case in cases)
         weights[name] = token_weights(
             adapter, batches, seed=seed if name == "sampled" else None, curvature=curvature if rows else None
         )
     return weights, curvature
 
 
-def measure(args: argparse.Namespace) -> Iterator[tuple[dict, dict[str, Score], list[Record]]]:
+def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[tuple[dict, dict[str, Score], list[Record]]]:
     """(the row's settings, score by text, records) of each run, the unquantized model first."""
     model, tokenizer = load_model(args.model, dtype=torch.float32, device=args.device)
     model.requires_grad_(False)
@@ -105,32 +91,29 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[dict, dict[str, Score], 
     calibration = windows(args.calibration)
     tests = {Path(source).name: windows([source])[: args.windows].to(args.device) for source in args.evaluate}
     yield {"method": "original"}, scores(model, model, tests), []
-    cases = [case.split("-") for case in args.cases]
     for seed in args.seeds:
         drawn = sample_windows(calibration, args.sequences, seed, args.calibration[0], held_out=HELD_OUT)
         batches, held_out = drawn[: args.sequences].to(args.device).split(16), drawn[args.sequences :]
         weights, curvature = weights_of(model, batches, seed, cases)
         for format in args.formats:
-            for method, rule, weighing, *more in cases:
-                for damp in args.damp if method == "gptq" else args.damp[:1]:
-                    config = QuantConfig(
-                        with_block(get_format(format), args.block if format == "int4" else None),
-                        method,
-                        rule,
-                        damp,
-                        **DRIFTS[next((word for word in more if word in DRIFTS), "none")],
-                        ridge=args.ridge,
-                        row_feedback="rows" in more,
-                    )
+            form = with_block(get_format(format), args.block if format == "int4" else None)
+            for case in cases:
+                for damp in args.damp if case["method"] == "gptq" else args.damp[:1]:
+                    more = DRIFTS[case["drift"]] | {"ridge": args.ridge, "row_feedback": case["row_feedback"]}
+                    config = QuantConfig(form, case["method"], case["scales"], damp, **more)
                     begin = time.perf_counter()
                     quantized = copy.deepcopy(model)
                     results = quantize_model(
-                        LlamaAdapter(quantized), batches, config, weights[weighing], curvature, held_out.to(args.device)
+                        LlamaAdapter(quantized),
+                        batches,
+                        config,
+                        weights[case["token_weights"]],
+                        curvature,
+                        held_out.to(args.device),
                     )
                     records = [record for record, _ in results]
-                    settings = {"format": format, "method": method, "scales": rule, "token_weights": weighing}
-                    settings |= {"drift": config.drift, "stagewise": config.stagewise, "row_feedback": config.row_feedback}
-                    settings |= {"damp": damp, "seed": seed}
+                    name = form.name if format != "int4" else f"int4_g{form.block}"
+                    settings = {"format": name, **case, "damp": damp, "ridge": args.ridge, "seed": seed}
                     seconds = round(time.perf_counter() - begin, 2)
                     yield settings | {"seconds": seconds}, scores(model, quantized, tests), records
 
@@ -157,6 +140,10 @@ def write_linears(path: Path, settings: dict, records: list[Record]) -> None:
 
 def main() -> int:
     args = parse_arguments()
+    try:
+        cases = [settings_of(case) for case in args.cases]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     transformers.utils.logging.set_verbosity_error()
     common = {
         "model": Path(args.model).name,
@@ -171,7 +158,7 @@ def main() -> int:
         writer = csv.DictWriter(file, FIELDS.split(), restval="")
         if fresh:
             writer.writeheader()
-        for settings, found, records in measure(args):
+        for settings, found, records in measure(args, cases):
             write_linears(args.csv.with_name("linears.csv"), common | settings, records)
             for text, score in found.items():
                 windows = score.tokens // (score.window - 1)

@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 
 from ptq.activations import default_batch
 from ptq.clock import Clock, timed
-from ptq.config import DRIFTS, QuantConfig
+from ptq.config import DRIFTS, WEIGHTS, QuantConfig
 from ptq.distributed import Team, joined
 from ptq.estimate import floor_seconds, operations, shape_of
 from ptq.formats import get_format
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--format", default="nvfp4")
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--scales", default="joint")
-    parser.add_argument("--token-weights", choices=("none", "text", "sampled"), default="sampled")
+    parser.add_argument("--token-weights", choices=WEIGHTS, default="sampled")
     parser.add_argument("--drift", choices=DRIFTS, default="none")
     parser.add_argument("--row-feedback", action="store_true")
     parser.add_argument("--sequences", type=int, default=128)

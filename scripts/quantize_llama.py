@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import ptq
 from ptq.activations import default_batch
 from ptq.calibration import all_windows, read_documents, sample_windows
-from ptq.config import DRIFTS, EFFORTS, QuantConfig
+from ptq.config import DRIFTS, EFFORTS, WEIGHTS, QuantConfig
 from ptq.distributed import joined, local_device
 from ptq.eval.perplexity import Score, evaluate
 from ptq.export import DTYPE, ReadBackError, check_output, layers_that_fit, save_text, verify, write_rest
@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--scales", choices=RULES, help="how block scales are chosen (rtn: local)")
     how.add_argument(
         "--token-weights",
-        choices=("none", "text", "sampled"),
+        choices=WEIGHTS,
         help="what tokens count for: all the same, or by the loss gradient, of the text or of labels the model draws",
     )
     how.add_argument("--drift", choices=DRIFTS, help="how much of what earlier layers lost each linear makes good")

@@ -78,9 +78,10 @@ def test_the_stream_is_what_the_writers_add_to(family):
     handle = layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: between.append(args[0]))
     with torch.no_grad():
         output = adapter.forward(layer, hidden)
-        together = look(adapter, layer, ["self_attn.q_proj", *adapter.writers], hidden)
+        together, end = look(adapter, layer, ["self_attn.q_proj", *adapter.writers], hidden)
+        assert end is not None and torch.equal(end, output)
         for local, before, after in zip(adapter.writers, (hidden, between[0]), (between[0], output), strict=True):
-            x, stream = look(adapter, layer, [local], hidden)[local]
+            x, stream = look(adapter, layer, [local], hidden)[0][local]
             assert torch.equal(x, together[local][0]) and stream is not None and torch.equal(stream, together[local][1])
             assert torch.allclose(stream, before, atol=1e-6)
             assert torch.allclose(stream + layer.get_submodule(local)(x), after, atol=1e-6)
