@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq.activations import Activations, each_batch
@@ -11,7 +13,7 @@ from ptq.clock import phase
 from ptq.distributed import Team, assign
 from ptq.drift import Drift
 from ptq.hessian import Hessian
-from ptq.watch import watch_inputs, watch_linears
+from ptq.watch import watch_inputs
 
 Stage = dict[str, nn.Linear]
 
@@ -68,7 +70,7 @@ def collect(
     ((_, whole),) = partial
     with phase("communicate"):
         for sums, owner in zip(whole, owners_of(stages, team), strict=True):
-            for tensor in (sums.hessian.sum, sums.hessian.weight, *(sums.drift.sums() if sums.drift else ())):
+            for tensor in (sums.hessian.sum, sums.hessian.weight, *([sums.drift.sum] if sums.drift else [])):
                 team.sum_to(tensor, owner)
             sums.hessian.tokens = sequences * hidden.data.shape[1]
     return list(whole)
@@ -111,8 +113,8 @@ def collect_drift(
     groups: list[slice],
     original: Original,
 ) -> list[Sums]:
-    """Both models run up to the last of the stages; to the end of the layer where its stream is known only from there, and then
-    the original's output is kept."""
+    """Both models run up to the last of the stages; the original's output is kept if that is the end of the layer."""
+    last = adapter.writers[-1]
     local = {linear: name for name, linear in layer.named_modules()}
     firsts = {name: (local[linear], linear) for name, linear in (next(iter(stage.items())) for stage in stages)}
     wanted = [own for own, _ in firsts.values()]
@@ -125,49 +127,47 @@ def collect_drift(
             sums[name] = Sums(Hessian(linear.in_features, device=device), drift)
 
     def work(rows: slice) -> None:
-        ours, _ = look(adapter, layer, wanted, hidden.load(rows))
-        theirs, output = look(adapter, original.layer, wanted, original.hidden.load(rows))
-        if output is not None:
-            original.output.store(rows, output)
+        ours = look(adapter, layer, wanted, hidden.load(rows))
+        theirs = look(adapter, original.layer, wanted, original.hidden.load(rows))
+        if last in theirs.outputs:
+            original.output.store(rows, theirs.outputs[last])
         with phase("hessian"):
             for name, (own, _) in firsts.items():
-                (x, stream), (x_original, stream_original) = ours[own], theirs[own]
-                gap = None if stream is None or stream_original is None else stream_original - stream
                 weights = token_weights[name][rows] if token_weights else None
                 drift = sums[name].drift
                 assert drift
-                sums[name].hessian.add(x, weights)
-                drift.add(x, x_original, gap, weights)
+                sums[name].hessian.add(ours.inputs[own], weights)
+                mine, whole = (ours.outputs, theirs.outputs) if drift.of_outputs else (ours.inputs, theirs.inputs)
+                drift.add(ours.inputs[own], whole[own] - mine[own], weights)
 
     restart()
     each_batch(hidden, "forward", work, groups=groups, restart=restart)
-    original.ran = adapter.writers[-1] in wanted
+    original.ran = last in wanted
     return list(sums.values())
 
 
-def look(
-    adapter: Adapter, layer: nn.Module, wanted: list[str], hidden: Tensor
-) -> tuple[dict[str, tuple[Tensor, Tensor | None]], Tensor | None]:
-    """For linears of the layer, by name in the order they run: the input, and the stream the output is added to, if it is.
-    And the layer's output, if it ran to its end."""
+class Seen(NamedTuple):
+    """By name in the layer: inputs of linears, and what those that write to the residual stream leave in it."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+def look(adapter: Adapter, layer: nn.Module, wanted: list[str], hidden: Tensor) -> Seen:
+    """Of the wanted linears of the layer, named in the order they run."""
     first, last = adapter.writers
-    output = None
     names = {layer.get_submodule(name): name for name in wanted}
-    inputs: dict[str, Tensor] = {}
-    streams: dict[str, Tensor] = {first: hidden}
-    if last not in wanted:
-        with watch_inputs(names, lambda linear, x: inputs.update({names[linear]: x}), last=layer.get_submodule(wanted[-1])):
-            adapter.forward(layer, hidden)
-    else:
-        outputs: dict[str, Tensor] = {}
+    seen = Seen({}, {})
 
-        def see(linear: nn.Module, x: Tensor, y: Tensor) -> None:
-            inputs[names[linear]], outputs[names[linear]] = x, y
+    def see(linear: nn.Module, x: Tensor) -> None:
+        seen.inputs[names[linear]] = x
+        if names[linear] == first:
+            assert isinstance(linear, nn.Linear)
+            seen.outputs[first] = hidden + F.linear(x, linear.weight, linear.bias)
 
-        with watch_linears(names, see):
-            output = adapter.forward(layer, hidden)
-        streams[last] = output - outputs[last]
-    return {name: (inputs[name], streams.get(name)) for name in wanted}, output
+    with watch_inputs(names, see, last=None if last in wanted else layer.get_submodule(wanted[-1])):
+        seen.outputs[last] = adapter.forward(layer, hidden)
+    return seen
 
 
 def first_of(stage: Stage) -> nn.Linear:

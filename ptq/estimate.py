@@ -84,7 +84,7 @@ def operations(shape: Shape) -> dict[str, float]:
         counts["hessian"] = layers * sum(T * d_in * d_in for _, d_in in shape.stages)
     if shape.drift:
         counts["hessian"] += layers * 2 * T * drift_products(shape)
-        counts["drift"] = layers * sum(d_in**3 / 3 + 4 * d_out * d_in * d_in for d_out, d_in in shape.stages)
+        counts["drift"] = layers * sum(d_in**3 / 3 + 2 * d_out * d_in * d_in for d_out, d_in in shape.stages)
     if shape.feedback:
         counts["factorization"] = layers * sum(2 / 3 * d_in**3 for _, d_in in shape.stages)
         # the updates of a sweep are half a product; the certificate is a whole one
@@ -95,9 +95,9 @@ def operations(shape: Shape) -> dict[str, float]:
 
 
 def drift_products(shape: Shape) -> int:
-    """Elements of D and R of a layer's stages: the second and the fourth of them write to the stream."""
+    """Elements of what ptq.drift sums for a layer: of inputs for two stages, of outputs for two."""
     stream = shape.head[1]
-    return sum(d_in * d_in for _, d_in in shape.stages) + stream * (shape.attention + shape.inner)
+    return stream * (2 * stream + shape.attention + shape.inner)
 
 
 FLOAT32_PHASES = ("drift", "factorization", "sweep")
@@ -185,7 +185,7 @@ def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = N
     weigh = (0 if kept_away else kept) + (part + 1) * layer + small * part * graph_bytes(shape) + logits + 2 * shape.head[0] * d
     hessians = 4 * sum(d_in * d_in for _, d_in in shape.stages)
     if shape.drift:
-        hessians = 4 * (2 * shape.inner + d) * shape.inner if shape.stagewise else hessians + 4 * drift_products(shape)
+        hessians = 4 * (shape.inner + d) * shape.inner if shape.stagewise else hessians + 4 * drift_products(shape)
         layer, hidden = layer * 4 // 3, 3 * hidden  # and the original's: a layer beside three, what goes into it and comes out
     collect = at_once * (20 * d + 16 * shape.inner)
     solve = max(6 * 4 * d_in * d_in + 7 * 4 * d_out * d_in for d_out, d_in in shape.stages)

@@ -26,9 +26,11 @@ def watch_linears(linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor
 
 
 @contextmanager
-def watch_inputs(linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor], None], last: nn.Module) -> Iterator[None]:
+def watch_inputs(
+    linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor], None], last: nn.Module | None
+) -> Iterator[None]:
     """Calls see(linear, x) with the input x of each linear before it runs.  The forward pass ends, and the block is left, when
-    `last` has been seen: its own product is not computed."""
+    `last` has been seen, whose own product is not computed; it runs to its end if that is None."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         see(module, args[0])
