@@ -10,7 +10,7 @@ from ptq.scales import RULES
 # What GPTQ does unless told otherwise: each lowers KL and takes longer (docs/accuracy.md has the numbers).
 EFFORTS: dict[str, dict] = {
     "fast": {"scales": "local", "token_weights": "none", "drift": "none", "row_feedback": False},
-    "default": {"scales": "joint", "token_weights": "sampled", "drift": "none", "row_feedback": False},
+    "default": {"scales": "joint", "token_weights": "none", "drift": "full", "row_feedback": False},
     "best": {"scales": "joint", "token_weights": "sampled", "drift": "full", "row_feedback": True},
 }
 # How much of what earlier layers lost is made good, and from how many passes.

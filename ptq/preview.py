@@ -68,7 +68,7 @@ class Preview:
             + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()),
         ]
         if self.more_work:
-            lines.append("time and memory are those of --effort default: what --drift and --row-feedback add is not estimated")
+            lines.append("what --row-feedback adds to time and memory is not estimated")
         problems = self.all_problems()
         return "\n".join(
             lines + (["nothing that cannot work was found"] if not problems else [f"problem: {p}" for p in problems])
@@ -110,5 +110,5 @@ def make_preview(
         seconds=seconds(shape, ranks),
         ranks=ranks,
         batch=batch,
-        more_work=config.drift > 0 or config.row_feedback,
+        more_work=config.row_feedback,
     )

@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 
 from ptq.activations import default_batch
 from ptq.clock import Clock, timed
-from ptq.config import DRIFTS, WEIGHTS, QuantConfig
+from ptq.config import DRIFTS, EFFORTS, WEIGHTS, QuantConfig
 from ptq.distributed import Team, joined
 from ptq.estimate import floor_seconds, operations, shape_of
 from ptq.formats import get_format
@@ -51,10 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="only the first N layers")
     parser.add_argument("--format", default="nvfp4")
     parser.add_argument("--method", default="gptq")
-    parser.add_argument("--scales", default="joint")
-    parser.add_argument("--token-weights", choices=WEIGHTS, default="sampled")
-    parser.add_argument("--drift", choices=DRIFTS, default="none")
+    parser.add_argument("--scales")
+    parser.add_argument("--token-weights", choices=WEIGHTS)
+    parser.add_argument("--drift", choices=DRIFTS)
     parser.add_argument("--row-feedback", action="store_true")
+    parser.set_defaults(**EFFORTS["default"])
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, help="sequences at once (default: by the width)")

@@ -40,7 +40,7 @@ def job(tmp_path):
     "options, label",
     [
         (["--format", "nvfp4"], "gptq"),
-        (["--format", "nvfp4", "--token-weights", "none", "--dtype", "bfloat16"], "gptq"),
+        (["--format", "nvfp4", "--token-weights", "sampled", "--drift", "none", "--dtype", "bfloat16"], "gptq"),
         (["--format", "mxfp4", "--method", "rtn", "--scales", "local"], "rtn-local"),
         (["--format", "int4", "--block", "32", "--scales", "mse"], "gptq"),
         (["--format", "nvfp4", "--dtype", "bfloat16", "--method", "rtn", "--scales", "absmax"], "rtn"),
@@ -54,8 +54,8 @@ def test_a_whole_run(main, job, capsys, options, label):
     assert {"original", "rtn", label} <= report.keys()
     assert all(report[name]["tokens"] == 4 * 63 and report[name]["window"] == 64 for name in ("original", "rtn", label))
     assert report["original"]["kl"] == 0 < report[label]["kl"]
-    weighted = label == "gptq" and "none" not in options
-    assert report["settings"]["token_weights"] == ("sampled" if weighted else "none")
+    assert report["settings"]["token_weights"] == ("sampled" if "sampled" in options else "none")
+    assert report["settings"]["drift"] == ("full" if label == "gptq" and "none" not in options else "none")
     printed = capsys.readouterr().out
     assert "token ppl" in printed and "max |logit difference| = 0" in printed
 

@@ -31,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def quantize(adapter, tokenizer, output: Path) -> None:
-    config = QuantConfig(rule="joint")
+    config = QuantConfig(rule="joint", drift=1.0)
     job = Job(adapter, config, make_plan(adapter, config), TOKENS, torch.device("cpu"), batch=3)
     unfinished = Unfinished(output, {}, len(adapter.names), resume=False)
     do_layers(job, unfinished, Team())
@@ -55,7 +55,8 @@ def test_a_streamed_model_gives_the_bytes_of_one_in_memory(tmp_path, dtype, chan
 def job(tmp_path) -> list[str]:
     save_tiny(tmp_path / "model", num_hidden_layers=3)
     (tmp_path / "text.txt").write_text(TEXT)
-    return [str(tmp_path / "model"), "--calibration", str(tmp_path / "text.txt"), "--sequences", "8", "--length", "32"]
+    text = ["--calibration", str(tmp_path / "text.txt"), "--sequences", "8", "--length", "32"]
+    return [str(tmp_path / "model"), *text, "--token-weights", "sampled"]
 
 
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path, job):
@@ -91,7 +92,9 @@ def test_an_unfinished_run_is_offered_and_one_of_other_settings_is_refused(main,
     assert contents(output) == contents(tmp_path / "again")
 
 
-@pytest.mark.parametrize("options", [["--effort", "fast"], ["--effort", "best"], ["--drift", "half"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", [["--effort", "fast", "--token-weights", "none"], ["--effort", "best"], ["--drift", "half"]], ids=" ".join
+)
 def test_every_effort_goes_on_to_the_same_bytes(main, tmp_path, job, options, monkeypatch):  # noqa: F811
     """The disk is full when the second of three layers is written."""
     output, write = tmp_path / "out", Unfinished.write_layer
