@@ -20,10 +20,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import yaml
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq.eval.logits import check_finite
 from ptq.eval.paired import Item, aggregation_of, standard_error
+from ptq.eval.scoring import Request, can_share, log_likelihoods
 from ptq.eval.tasks import LOCAL, SPLITS, check_names, check_tasks
 
 if TYPE_CHECKING:
@@ -123,13 +125,17 @@ def run_tasks(
 def checked_model() -> Any:
     """lm-eval's class for models in memory, which stops, where lm-eval would count an answer, at logits that are not finite."""
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class Checked(HFLM):
-        def loglikelihood_rolling(self, *args: Any, **options: Any) -> list[float]:
-            # The cache makes one run of requests that differ in their last token only.  Windows of a page that hold the same
-            # tokens but predict other numbers of them look like that to it, and then results depend on the batch size.
-            with patch.object(self, "logits_cache", False):
-                return super().loglikelihood_rolling(*args, **options)
+        def loglikelihood_rolling(self, requests: list, *args: Any, **options: Any) -> list[float]:
+            pages = [
+                list(map(make_disjoint_window, get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, size, 1)))
+                for size in (self.max_length,)
+                for (text,) in (request.args for request in requests)
+            ]
+            found = iter(self._loglikelihood_tokens([(None, *window) for windows in pages for window in windows]))
+            return [sum(next(found)[0] for _ in windows) for windows in pages]
 
         def _loglikelihood_tokens(self, requests: list, *args: Any, **options: Any) -> list:
             for strings, _, answer in requests:  # no strings for rolling windows, which fit
@@ -138,7 +144,17 @@ def checked_model() -> Any:
                         f"an lm-eval task has an answer of {len(answer)} tokens, more than the {self.max_length} that the model "
                         f"sees at once: {strings[1][:40]!r}…; leave the task out, or give a larger --max-length"
                     )
-            return super()._loglikelihood_tokens(requests, *args, **options)
+            asked = [Request(tuple((context + answer)[-self.max_length - 1 : -1]), tuple(answer)) for _, context, answer in requests]
+            longest = max(len(request.tokens) for request in asked)
+            if not can_share(self.model, longest):
+                # The cache makes one run of requests that differ in their last token only.  Windows of a page that hold the same
+                # tokens but predict other numbers of them look like that to it, and then results depend on the batch size.
+                with patch.object(self, "logits_cache", self.logits_cache and requests[0][0] is not None):
+                    return super()._loglikelihood_tokens(requests, *args, **options)
+            largest = max(requests, key=lambda request: len(request[1]) + len(request[2]))
+            size = self._detect_batch_size([largest]) if self.batch_size == "auto" else self.batch_size
+            bar = lambda batches: tqdm(batches, "lm-eval", unit="batch", disable=None)  # noqa: E731
+            return log_likelihoods(self.model, asked, size * longest, dtype=self.softmax_dtype, progress=bar)
 
         def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
             logits = super()._model_call(inps, *args, **options)
