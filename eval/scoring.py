@@ -59,7 +59,9 @@ def make_trees(sequences: Iterable[Sequence_]) -> list[Tree]:
     """Every distinct sequence in one tree.  In their order, no sequence shares more than with the one before."""
     trees, last, path = [], (), []
     for sequence in sorted(set(sequences)):
-        common = next((i for i, (a, b) in enumerate(zip(last, sequence, strict=False)) if a != b), min(len(last), len(sequence)))
+        common = next(
+            (i for i, (a, b) in enumerate(zip(last, sequence, strict=False)) if a != b), min(len(last), len(sequence))
+        )
         size = len(trees[-1].tokens) + len(sequence) - common if trees else 0
         if not trees or COMMON * common < len(sequence) or size > max(NODES, 2 * len(sequence)):
             trees.append(Tree())
