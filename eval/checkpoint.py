@@ -56,7 +56,7 @@ def load_any(source: str, *, dtype: torch.dtype | None = None, device: str = "cp
 def arguments(config: Any, dtype: torch.dtype | None, extra: dict[str, str]) -> dict[str, Any]:
     """What from_pretrained is told besides the place."""
     if "gguf_file" in extra:
-        return weight_arguments(extra) | {"dtype": dtype or torch.float32}
+        return weight_arguments(extra) | {"dtype": dtype or torch.float32, "config": config}  # reading it takes 6 s of CPU time
     quantized = getattr(config, "quantization_config", None)
     return {"dtype": "auto" if quantized or dtype is None else dtype}
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -22,7 +23,6 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ptq.eval.logits import check_finite
 from ptq.eval.paired import Item, aggregation_of, standard_error
 from ptq.eval.tasks import LOCAL, SPLITS, check_names, check_tasks
 
@@ -107,9 +107,11 @@ def run_tasks(
     """
     from lm_eval.evaluator import evaluate
 
+    from ptq.eval.checked import Checked
+
     # Its prints belong to a log.
-    with redirect_stdout(sys.stderr), patch.dict(os.environ, DISABLE_MULTIPROC="1"):
-        lm = checked_model()(
+    with redirect_stdout(sys.stderr), patch.dict(os.environ, DISABLE_MULTIPROC="1"), compiled_once():
+        lm = Checked(
             pretrained=model,
             tokenizer=tokenizer,  # type: ignore[arg-type]
             batch_size=batch_size,
@@ -120,32 +122,13 @@ def run_tasks(
     return {name: task_result(name, results) for name in results["results"]}
 
 
-def checked_model() -> Any:
-    """lm-eval's class for models in memory, which stops, where lm-eval would count an answer, at logits that are not finite."""
-    from lm_eval.models.huggingface import HFLM
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """lm-eval compiles a task's templates anew for every item, which takes half of the time of a small model on a GPU."""
+    from lm_eval.utils import env
 
-    class Checked(HFLM):
-        def loglikelihood_rolling(self, *args: Any, **options: Any) -> list[float]:
-            # The cache makes one run of requests that differ in their last token only.  Windows of a page that hold the same
-            # tokens but predict other numbers of them look like that to it, and then results depend on the batch size.
-            with patch.object(self, "logits_cache", False):
-                return super().loglikelihood_rolling(*args, **options)
-
-        def _loglikelihood_tokens(self, requests: list, *args: Any, **options: Any) -> list:
-            for strings, _, answer in requests:  # no strings for rolling windows, which fit
-                if strings and len(answer) > self.max_length:
-                    raise ValueError(
-                        f"an lm-eval task has an answer of {len(answer)} tokens, more than the {self.max_length} that the model "
-                        f"sees at once: {strings[1][:40]!r}…; leave the task out, or give a larger --max-length"
-                    )
-            return super()._loglikelihood_tokens(requests, *args, **options)
-
-        def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-            logits = super()._model_call(inps, *args, **options)
-            check_finite(logits, self.model, inps, "the model gave non-finite logits in an lm-eval task")
-            return logits
-
-    return Checked
+    with patch.object(env, "from_string", lru_cache(env.from_string)):
+        yield
 
 
 def load(names: Sequence[str], manager: "TaskManager", fewshot: int | None) -> Any:

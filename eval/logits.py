@@ -28,10 +28,15 @@ def run(model: nn.Module, name: str) -> Logits:
     return logits
 
 
+def is_finite(logits: Tensor) -> bool:
+    """Whether all are."""
+    # One pass that copies nothing (float32 sums of 16-bit values are fused): finite logits of less than 1e29 have a finite sum.
+    return bool(logits.sum(dtype=torch.float32).isfinite())
+
+
 def check_finite(logits: Tensor, model: nn.Module, tokens: Tensor, message: str) -> None:
     """Raises ValueError where a logit is not finite: `message`, and which layer made it, found by running `tokens` again."""
-    # One pass that copies nothing (float32 sums of 16-bit values are fused): finite logits of less than 1e29 have a finite sum.
-    if not logits.sum(dtype=torch.float32).isfinite():
+    if not is_finite(logits):
         raise ValueError(f"{message}; {first_non_finite(model, tokens)}")
 
 

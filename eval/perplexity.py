@@ -60,10 +60,12 @@ def score_windows(models: Mapping[str, Logits], windows: Iterable[Tensor]) -> di
         for name, logits in models.items():
             logp = logits(index, window).to(window.device).float().log_softmax(-1)
             loss = -logp.gather(1, window[1:, None]).sum(dtype=torch.float64)
+            kl, agreeing = 0.0, len(logp)  # of the original to itself, for which nothing need be computed
+            if reference is not None:
+                kl = float((reference.exp() * (reference - logp)).sum(dtype=torch.float64))
+                agreeing = int((reference.argmax(-1) == logp.argmax(-1)).sum())
             reference = logp if reference is None else reference
-            kl = (reference.exp() * (reference - logp)).sum(dtype=torch.float64)
-            agreeing = (reference.argmax(-1) == logp.argmax(-1)).sum()
-            scores[name].append(WindowScore(float(loss), float(kl), int(agreeing), len(window) - 1))
+            scores[name].append(WindowScore(float(loss), kl, agreeing, len(window) - 1))
     return scores
 
 

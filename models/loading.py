@@ -33,9 +33,11 @@ def load_model(
     model that is quantized already.
     """
     where, extra = locate(source)
-    load_config(source, where, extra)
+    config = load_config(source, where, extra)
     tokenizer = load_tokenizer(source, where, extra)
     weights = weight_arguments(extra)
+    if extra:
+        weights["config"] = config  # a GGUF file's header takes seconds to read
     dtype = dtype or (torch.float32 if "gguf_file" in extra else "auto")  # type: ignore[assignment]
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation="sdpa", **weights)

@@ -6,7 +6,8 @@
 
 The Hessians of the unquantized model are collected once and kept in DIR/hessians; every case solves all linears against them, and
 its result is written to DIR as soon as it is there.  The same command again goes on where it stopped.  --sequential calibrates each
-case by itself on the layers quantized before, as quantize_llama.py does: slower, and what a checkpoint would have.
+case by itself on the layers quantized before, as quantize_llama.py does: slower, and what a checkpoint would have.  Cases that end
+in -half, -full (drift) or -rows (row feedback) are always run so; the table says which were.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ptq.calibration import all_windows, read_documents, sample_windows
-from ptq.config import QuantConfig
+from ptq.config import DRIFTS, QuantConfig
 from ptq.eval.checkpoint import Loaded, bits_per_weight, load_any
 from ptq.eval.logits import KeptLogits
 from ptq.eval.logits import run as run_model
@@ -38,11 +40,30 @@ from ptq.models.loading import check_fit, quiet
 from ptq.plan import make_plan, with_block
 from ptq.runner import quantize_model
 from ptq.shared_hessians import quantize_from, store_hessians
-from ptq.token_weights import token_weights
+from ptq.token_weights import TokenWeights, token_weights
 
 CASES = ["rtn-absmax-none", "rtn-local-none", "gptq-absmax-none", "gptq-mse-none", "gptq-local-none", "gptq-joint-sampled"]
 TOKENS_AT_ONCE = 4096
 ORIGINAL = "original"
+HOW = {False: "shared Hessians", True: "sequential"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to do, whose weights tokens have, and whether by itself on the layers quantized before."""
+
+    config: QuantConfig
+    weighing: str
+    sequential: bool
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """For sequential cases: token ids, token weights by name, and the curvature by weighing and linear where rows want it."""
+
+    batches: tuple[Tensor, ...] = ()
+    weighings: Mapping[str, TokenWeights | None] = field(default_factory=dict)
+    curvatures: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -52,7 +73,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--formats", nargs="+", choices=FORMATS, default=["nvfp4", "mxfp4", "int4"], help="default: all but one"
     )
     parser.add_argument(
-        "--cases", nargs="+", default=CASES, metavar="METHOD-SCALES-WEIGHTS", help=f"default: {' '.join(CASES)}"
+        "--cases",
+        nargs="+",
+        default=CASES,
+        metavar="METHOD-SCALES-WEIGHTS[-half|-full][-rows]",
+        help=f"default: {' '.join(CASES)}",
     )
     parser.add_argument("--block", type=int, metavar="N", help="weights a scale of int4")
     parser.add_argument("--damp", type=float, default=0.01, help="default: %(default)s")
@@ -73,36 +98,42 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def configs_of(args: argparse.Namespace) -> dict[str, tuple[QuantConfig, str]]:
-    """(what to do, whose weights tokens have) by label.  Raises ValueError for a case that there is not."""
-    found = {}
-    for name in args.formats:
-        for case in args.cases:
-            if case.count("-") != 2 or case.rpartition("-")[2] not in ("none", "text", "sampled"):
-                raise ValueError(
-                    f"case {case!r}: a case is METHOD-SCALES-WEIGHTS, such as gptq-local-none; weights none, text, sampled"
-                )
-            method, rule, weighing = case.split("-")
-            format = with_block(get_format(name), args.block if name == "int4" else None)
-            found[f"{name}-{case}"] = QuantConfig(format, method, rule, args.damp), weighing
-    return found
+def cases_of(args: argparse.Namespace) -> dict[str, Case]:
+    """The cases by label.  Raises ValueError for one that there is not."""
+    return {f"{name}-{case}": parse_case(name, case, args) for name in args.formats for case in args.cases}
+
+
+def parse_case(name: str, case: str, args: argparse.Namespace) -> Case:
+    """METHOD-SCALES-WEIGHTS[-half|-full][-rows] in the format `name`."""
+    method, rule, weighing, *more = [*case.split("-"), "", ""][: max(3, case.count("-") + 1)]
+    drift, rows = next((word for word in more if word in ("half", "full")), "none"), "rows" in more
+    if weighing not in ("none", "text", "sampled") or more != [drift] * (drift != "none") + ["rows"] * rows:
+        raise ValueError(
+            f"case {case!r}: a case is METHOD-SCALES-WEIGHTS[-half|-full][-rows], such as gptq-local-none or gptq-joint-none-full; "
+            "weights none, text, sampled"
+        )
+    if rows and weighing == "none":
+        raise ValueError(f"case {case!r}: rows needs the backward pass of weights text or sampled")
+    format = with_block(get_format(name), args.block if name == "int4" else None)
+    config = QuantConfig(format, method, rule, args.damp, **DRIFTS[drift], row_feedback=rows)
+    return Case(config, weighing, args.sequential or bool(more))
 
 
 def run(args: argparse.Namespace) -> list[dict]:
     """The whole job: one result for the model and for each case, the report at the end."""
-    configs = configs_of(args)
-    wanted = {label: settings(args, label) for label in (ORIGINAL, *configs)}
+    cases = cases_of(args)
+    wanted = {label: settings(args, label) for label in (ORIGINAL, *cases)}
     results = {label: earlier(args.output / f"{label}.json", wanted[label]) for label in wanted}
     texts = {source: read_documents(source) for source in (args.calibration, args.text)}
     if not all(results.values()):
         with quiet():
             loaded = load_any(args.model, dtype=torch.float32, device=args.device)
         loaded.model.requires_grad_(False)
-        for config, _ in configs.values():
-            make_plan(LlamaAdapter(loaded.model), config)
+        for case in cases.values():
+            make_plan(LlamaAdapter(loaded.model), case.config)
         args.output.mkdir(parents=True, exist_ok=True)
         text = Text(args.text, texts[args.text], args.window, args.windows)
-        for label, result in measure(loaded, text, texts[args.calibration], configs, results, args):
+        for label, result in measure(loaded, text, texts[args.calibration], cases, results, args):
             results[label] = result | {"settings": wanted[label]}
             write(args.output / f"{label}.json", json.dumps(results[label], indent=1))
     done = [result for result in results.values() if result]
@@ -132,8 +163,8 @@ def earlier(path: Path, wanted: Mapping[str, Any]) -> dict | None:
 def measure(
     loaded: Loaded,
     text: Text,
-    calibration: list[str],
-    configs: Mapping[str, tuple[QuantConfig, str]],
+    documents: list[str],
+    cases: Mapping[str, Case],
     results: Mapping[str, dict | None],
     args: argparse.Namespace,
 ) -> Iterator[tuple[str, dict]]:
@@ -153,34 +184,38 @@ def measure(
         original = scored(ORIGINAL, loaded, None) | {"bits_per_weight": stored, "quantize_seconds": None}
         yield ORIGINAL, original
     first = First(kept, original["text"]["fingerprint"], original["text"]["vocabulary"])
-    missing = {label: config for label, config in configs.items() if not results[label]}
-    batches, weighings = calibrate(loaded, calibration, missing, args)
-    for label, (config, weighing) in missing.items():
+    missing = {label: case for label, case in cases.items() if not results[label]}
+    calibration = calibrate(loaded, documents, missing, args)
+    for label, case in missing.items():
         begin = time.perf_counter()
         model = copy.deepcopy(loaded.model)
-        adapter = LlamaAdapter(model)
-        if args.sequential:
-            done = quantize_model(adapter, batches, config, weighings[weighing])
-        else:
-            done = quantize_from(adapter, args.output / "hessians", weighing, config)
-        for _ in tqdm(done, label, unit="linear", disable=None):
+        for _ in tqdm(quantize(LlamaAdapter(model), case, calibration, args), label, unit="linear", disable=None):
             pass
         seconds = time.perf_counter() - begin
         result = scored(label, Loaded(model, loaded.tokenizer, 0.0, []), first)
-        yield label, result | {"bits_per_weight": config.format.bits_per_weight, "quantize_seconds": seconds, "made_by": label}
+        bits = case.config.format.bits_per_weight
+        yield label, result | {"bits_per_weight": bits, "quantize_seconds": seconds, "made_by": HOW[case.sequential]}
 
 
-def calibrate(
-    loaded: Loaded, documents: list[str], configs: Mapping[str, tuple[QuantConfig, str]], args: argparse.Namespace
-) -> tuple[tuple[Tensor, ...], dict]:
-    """(batches, token weights by name) of what the cases need; their Hessians are stored unless they are there already."""
-    wanted = sorted({weighing for _, weighing in configs.values()})
+def quantize(adapter: LlamaAdapter, case: Case, calibration: Calibration, args: argparse.Namespace) -> Iterator:
+    """Quantizes the model in place, one item a linear."""
+    if not case.sequential:
+        return quantize_from(adapter, args.output / "hessians", case.weighing, case.config)
+    weights, curvature = calibration.weighings[case.weighing], calibration.curvatures.get(case.weighing)
+    return quantize_model(adapter, calibration.batches, case.config, weights, curvature if case.config.row_feedback else None)
+
+
+def calibrate(loaded: Loaded, documents: list[str], cases: Mapping[str, Case], args: argparse.Namespace) -> Calibration:
+    """What the sequential cases need; the Hessians of the others are stored unless they are there already."""
+    shared = sorted({case.weighing for case in cases.values() if not case.sequential})
     noted = args.output / "hessians" / "settings.json"
     names = ("calibration", "sequences", "length", "seed", "model")
     depends = {name: str(getattr(args, name)) for name in names} | {"files": [stamp(args.model), stamp(args.calibration)]}
     there = json.loads(noted.read_text()) if noted.is_file() else {}
-    if not args.sequential and there.get("depends") == depends and set(wanted) <= set(there["weighings"]):
-        return (), dict.fromkeys(wanted)
+    to_store = [] if there.get("depends") == depends and set(shared) <= set(there["weighings"]) else shared
+    wanted = sorted({case.weighing for case in cases.values() if case.sequential} | set(to_store))
+    if not wanted:
+        return Calibration()
     windows = all_windows(
         lambda text: loaded.tokenizer(text, verbose=False)["input_ids"], documents, args.length, args.calibration
     )  # type: ignore[arg-type]
@@ -189,15 +224,20 @@ def calibrate(
     batches = tokens.split(max(1, TOKENS_AT_ONCE // args.length))
     adapter = LlamaAdapter(loaded.model)
     seeds = {"text": None, "sampled": args.seed}
-    weighings = {name: None if name == "none" else token_weights(adapter, batches, seed=seeds[name]) for name in wanted}
-    if not args.sequential:
+    curvatures = {case.weighing: {} for case in cases.values() if case.config.row_feedback}
+    weighings = {
+        name: None if name == "none" else token_weights(adapter, batches, seed=seeds[name], curvature=curvatures.get(name))
+        for name in wanted
+    }
+    if to_store:
         noted.parent.mkdir(parents=True, exist_ok=True)
         noted.unlink(missing_ok=True)
+        stored = {name: weighings[name] for name in to_store}
         store_hessians(
-            adapter, batches, weighings, noted.parent, lambda layers: tqdm(layers, "Hessians", unit="layer", disable=None)
+            adapter, batches, stored, noted.parent, lambda layers: tqdm(layers, "Hessians", unit="layer", disable=None)
         )
-        write(noted, json.dumps({"depends": depends, "weighings": wanted}))
-    return batches, weighings
+        write(noted, json.dumps({"depends": depends, "weighings": to_store}))
+    return Calibration(batches, weighings, curvatures)
 
 
 def main(argv: list[str] | None = None) -> int:

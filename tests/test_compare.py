@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -93,10 +94,30 @@ def test_cases_are_kept_one_by_one_and_a_second_run_goes_on(script, job, capsys,
     assert "was measured with another damp; name another --output" in capsys.readouterr().err
 
 
+def test_cases_with_drift_run_alone_beside_those_that_share_hessians(script, job, capsys, monkeypatch):
+    folder, arguments = job
+    cases = ["gptq-local-none", "gptq-local-none-full", "gptq-joint-sampled-half-rows"]
+    assert script.main([*arguments, "--cases", *cases, "--formats", "nvfp4"]) == 0
+    results = {name: json.loads((folder / "out" / f"nvfp4-{name}.json").read_text()) for name in cases}
+    assert [result["made_by"] for result in results.values()] == ["shared Hessians", "sequential", "sequential"]
+    printed = capsys.readouterr().out
+    assert re.search(r"\| nvfp4-gptq-local-none-full \|.*\| sequential \|", printed)
+    alone = [*arguments[:-1], str(folder / "alone"), "--cases", cases[1], "--formats", "nvfp4"]
+    monkeypatch.setattr(script, "store_hessians", None)  # nobody shares
+    assert script.main(alone) == 0
+    again = json.loads((folder / "alone" / f"nvfp4-{cases[1]}.json").read_text())
+    assert again["text"] == results[cases[1]]["text"]
+    config = QuantConfig(NVFP4, "gptq", "local", drift=1.0)
+    case = script.parse_case("nvfp4", cases[1], script.parse_arguments(alone))
+    assert case.config == config and case.sequential
+
+
 @pytest.mark.parametrize(
     "extra, message",
     [
         (["--cases", "gptq-local"], "case 'gptq-local': a case is METHOD-SCALES-WEIGHTS"),
+        (["--cases", "gptq-local-none-ful"], "case 'gptq-local-none-ful': a case is METHOD-SCALES-WEIGHTS"),
+        (["--cases", "gptq-local-none-rows"], "rows needs the backward pass of weights text or sampled"),
         (["--cases", "rtn-joint-none"], "scale rule 'joint' follows GPTQ's error feedback"),
         (["--formats", "int4"], "which blocks of 128 do not divide"),
         (["--text", "nowhere.txt"], "is not there"),

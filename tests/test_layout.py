@@ -63,7 +63,8 @@ RANK = {
     "ptq.eval.logits": 14,
     "ptq.eval": 15,
     "ptq.eval.checkpoint": 16,
-    "ptq.eval.harness": 16,
+    "ptq.eval.checked": 16,
+    "ptq.eval.harness": 17,
     "ptq.eval.report": 16,
     "ptq.eval.text": 17,
     "scripts": 18,
@@ -71,7 +72,7 @@ RANK = {
 ONLY_IN = {
     "transformers": ("ptq.models", "ptq.eval", "ptq.export", "scripts"),
     "triton": ("ptq.kernels", "scripts.bench_kernels"),
-    "lm_eval": ("ptq.eval.harness",),
+    "lm_eval": ("ptq.eval.harness", "ptq.eval.checked"),
 }
 
 
