@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ptq.calibration import all_windows, read_documents, sample_windows
-from ptq.config import DRIFTS, QuantConfig
+from ptq.config import DRIFTS, QuantConfig, settings_of
 from ptq.eval.checkpoint import Loaded, bits_per_weight, load_any
 from ptq.eval.logits import KeptLogits
 from ptq.eval.logits import run as run_model
@@ -42,7 +42,7 @@ from ptq.runner import quantize_model
 from ptq.shared_hessians import quantize_from, store_hessians
 from ptq.token_weights import TokenWeights, token_weights
 
-CASES = ["rtn-absmax-none", "rtn-local-none", "gptq-absmax-none", "gptq-mse-none", "gptq-local-none", "gptq-joint-sampled"]
+CASES = ["rtn-absmax-none", "rtn-local-none", "gptq-absmax-none", "gptq-mse-none", "gptq-local-none", "default"]
 TOKENS_AT_ONCE = 4096
 ORIGINAL = "original"
 HOW = {False: "shared Hessians", True: "sequential"}
@@ -76,7 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--cases",
         nargs="+",
         default=CASES,
-        metavar="METHOD-SCALES-WEIGHTS[-half|-full][-rows]",
+        metavar="EFFORT|METHOD-SCALES-WEIGHTS[-half|-full][-rows]",
         help=f"default: {' '.join(CASES)}",
     )
     parser.add_argument("--block", type=int, metavar="N", help="weights a scale of int4")
@@ -104,19 +104,14 @@ def cases_of(args: argparse.Namespace) -> dict[str, Case]:
 
 
 def parse_case(name: str, case: str, args: argparse.Namespace) -> Case:
-    """METHOD-SCALES-WEIGHTS[-half|-full][-rows] in the format `name`."""
-    method, rule, weighing, *more = [*case.split("-"), "", ""][: max(3, case.count("-") + 1)]
-    drift, rows = next((word for word in more if word in ("half", "full")), "none"), "rows" in more
-    if weighing not in ("none", "text", "sampled") or more != [drift] * (drift != "none") + ["rows"] * rows:
-        raise ValueError(
-            f"case {case!r}: a case is METHOD-SCALES-WEIGHTS[-half|-full][-rows], such as gptq-local-none or gptq-joint-none-full; "
-            "weights none, text, sampled"
-        )
-    if rows and weighing == "none":
+    """A case (ptq.config.settings_of) in the format `name`."""
+    chosen = settings_of(case)
+    if chosen["row_feedback"] and chosen["token_weights"] == "none":
         raise ValueError(f"case {case!r}: rows needs the backward pass of weights text or sampled")
     format = with_block(get_format(name), args.block if name == "int4" else None)
-    config = QuantConfig(format, method, rule, args.damp, **DRIFTS[drift], row_feedback=rows)
-    return Case(config, weighing, args.sequential or bool(more))
+    more = DRIFTS[chosen["drift"]] | {"row_feedback": chosen["row_feedback"]}
+    config = QuantConfig(format, chosen["method"], chosen["scales"], args.damp, **more)
+    return Case(config, chosen["token_weights"], args.sequential or config.drift > 0 or config.row_feedback)
 
 
 def run(args: argparse.Namespace) -> list[dict]:

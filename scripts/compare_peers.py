@@ -64,7 +64,7 @@ RECIPES = {
     "ptq-nvfp4-fast": ours("--effort", "fast"),
     "ptq-nvfp4": ours(),
     "ptq-nvfp4-best": ours("--effort", "best"),
-    "ptq-mxfp4": ours("--format", "mxfp4", "--drift", "full"),  # docs/log.md: KL .042, the default .048
+    "ptq-mxfp4": ours("--format", "mxfp4"),
     "ptq-int4": ours("--format", "int4", "--block", "{block}"),
     "llmcompressor-nvfp4-rtn": llm_compressor("NVFP4A16-rtn"),
     "llmcompressor-nvfp4-gptq": llm_compressor("NVFP4A16-gptq"),

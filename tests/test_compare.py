@@ -115,8 +115,8 @@ def test_cases_with_drift_run_alone_beside_those_that_share_hessians(script, job
 @pytest.mark.parametrize(
     "extra, message",
     [
-        (["--cases", "gptq-local"], "case 'gptq-local': a case is METHOD-SCALES-WEIGHTS"),
-        (["--cases", "gptq-local-none-ful"], "case 'gptq-local-none-ful': a case is METHOD-SCALES-WEIGHTS"),
+        (["--cases", "gptq-local"], "no such case: 'gptq-local'; write fast"),
+        (["--cases", "gptq-local-none-ful"], "no such case: 'gptq-local-none-ful'; write fast"),
         (["--cases", "gptq-local-none-rows"], "rows needs the backward pass of weights text or sampled"),
         (["--cases", "rtn-joint-none"], "scale rule 'joint' follows GPTQ's error feedback"),
         (["--formats", "int4"], "which blocks of 128 do not divide"),
