@@ -13,7 +13,7 @@ from ptq.clock import phase
 from ptq.distributed import Team, assign
 from ptq.drift import Drift
 from ptq.hessian import Hessian
-from ptq.watch import watch_inputs
+from ptq.watch import see_inputs
 
 Stage = dict[str, nn.Linear]
 
@@ -96,8 +96,7 @@ def collect_hessians(
             with phase("hessian"):
                 hessians[linear].add(x, token_weights[names[linear]][rows] if token_weights else None)
 
-        with watch_inputs(names, see, last=firsts[-1][1]):
-            adapter.forward(layer, hidden.load(rows))
+        see_inputs(names, see, firsts[-1][1], lambda: adapter.forward(layer, hidden.load(rows)))
 
     restart()
     each_batch(hidden, "forward", work, groups=groups, restart=restart)
@@ -165,8 +164,10 @@ def look(adapter: Adapter, layer: nn.Module, wanted: list[str], hidden: Tensor) 
             assert isinstance(linear, nn.Linear)
             seen.outputs[first] = hidden + F.linear(x, linear.weight, linear.bias)
 
-    with watch_inputs(names, see, last=None if last in wanted else layer.get_submodule(wanted[-1])):
-        seen.outputs[last] = adapter.forward(layer, hidden)
+    stop = None if last in wanted else layer.get_submodule(wanted[-1])
+    output = see_inputs(names, see, stop, lambda: adapter.forward(layer, hidden))
+    if output is not None:
+        seen.outputs[last] = output
     return seen
 
 

@@ -100,6 +100,7 @@ def drift_products(shape: Shape) -> int:
     return stream * (2 * stream + shape.attention + shape.inner)
 
 
+HELD_OUT = 4  # sequences that linears are measured on, as many as quantize_llama.py takes
 FLOAT32_PHASES = ("drift", "factorization", "sweep")
 
 
@@ -132,30 +133,35 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
     if shape.calibrate:
         unneeded = 2 * T * shape.stages[-1][0] * shape.stages[-1][1] / 548e12  # the last product, when H is collected
         # with drift, the quantized model runs twice and the original once, and to the MLP twice each if stage by stage
-        to_mlp = (linear - 2 * T * 3 * shape.inner * shape.head[1] + attention) / 548e12 + 0.845e-12 * T * 9 * shape.head[1]
+        to_mlp = (linear - 2 * T * 3 * shape.inner * shape.head[1] + attention) / 438e12 + 9.5e-12 * T * shape.head[1]
         passes = 3 * one_pass + (4 * to_mlp if shape.stagewise else 0) if shape.drift else 2 * one_pass - unneeded
         found["forward"] = layers * passes / ranks
         products = 1.25 * T * sum(d_in * d_in for _, d_in in shape.stages)
         products += 2 * T * drift_products(shape) if shape.drift else 0
-        found["hessian"] = layers * (products / 534e12 + (2 if shape.drift else 1) * 2.26e-12 * T * columns) / ranks
+        weighting = products / 2800e12 + (2 if shape.drift else 1) * 2.26e-12 * T * columns if shape.weigh else 0
+        found["hessian"] = layers * (products / 660e12 + weighting) / ranks
     if shape.feedback:
         costs = [solve_seconds(d_out, d_in) for d_out, d_in in shape.stages]
         owners = assign([sum(cost) for cost in costs], ranks)
         slowest = max(
             range(ranks), key=lambda rank: sum(sum(c) for c, owner in zip(costs, owners, strict=True) if owner == rank)
         )
-        for i, name in enumerate(("factorization", "sweep", "report")):
+        for i, name in enumerate(("factorization", "sweep", "report", "drift")):
             found[name] = layers * sum(cost[i] for cost, owner in zip(costs, owners, strict=True) if owner == slowest)
+        found["report"] += layers * 2 * one_pass * HELD_OUT / shape.sequences
+        if not shape.drift:
+            del found["drift"]
     return found
 
 
-def solve_seconds(d_out: int, d_in: int) -> tuple[float, float, float]:
-    """Of one stage: factorization, sweep, report."""
+def solve_seconds(d_out: int, d_in: int) -> tuple[float, float, float, float]:
+    """Of one stage: factorization, sweep, report, drift."""
     weights, product = d_out * d_in, d_out * d_in * d_in
     return (
         2 / 3 * d_in**3 / 42.8e12 + 1.07e-6 * d_in,
         product / 29.3e12 + 4.33e-10 * weights,
         product / 361e12 + 0.93e-10 * weights,
+        (d_in**3 / 3 + 3 * product) / 45e12 + 1.9e-6 * d_in,
     )
 
 

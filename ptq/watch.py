@@ -1,7 +1,7 @@
 """The only hooks in this library."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -25,12 +25,15 @@ def watch_linears(linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor
             handle.remove()
 
 
-@contextmanager
-def watch_inputs(
-    linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor], None], last: nn.Module | None
-) -> Iterator[None]:
-    """Calls see(linear, x) with the input x of each linear before it runs.  The forward pass ends, and the block is left, when
-    `last` has been seen, whose own product is not computed; it runs to its end if that is None."""
+def see_inputs(
+    linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor], None], last: nn.Module | None, run: Callable[[], Tensor]
+) -> Tensor | None:
+    """run(), a forward pass during which see(linear, x) is called with the input x of each linear before it runs.
+
+    The pass ends when `last` has been seen, whose own product is not computed, and None is returned; without `last`, what run()
+    returns.  (No context manager: from Python 3.12 on, one that swallows an exception leaves a cycle of references to all
+    that the forward pass held, which is gigabytes until the garbage collector comes by.)
+    """
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         see(module, args[0])
@@ -39,8 +42,9 @@ def watch_inputs(
 
     handles = [linear.register_forward_pre_hook(hook) for linear in linears]
     try:
-        with suppress(SeenEnough):
-            yield
+        return run()
+    except SeenEnough:
+        return None
     finally:
         for handle in handles:
             handle.remove()

@@ -18,7 +18,7 @@ def method(row: Row) -> str:
     """What was done, in words."""
     words = [row["method"].upper(), row["scales"]]
     words += ["weighted"] * (row["token_weights"] != "none")
-    words += [f"drift {row['drift']}"] * (float(row["drift"]) > 0)
+    words += [f"drift {row['drift']}"] * (row["drift"] != "none")
     return " ".join(words + ["rows"] * (row["row_feedback"] == "True"))
 
 
@@ -52,15 +52,15 @@ def draw_layers(axis: Axes, rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, default=Path("benchmarks/accuracy.csv"))
+    parser.add_argument("--models", nargs="+", default=["SmolLM2-135M-offgrid", "babyllama-tok105"])
     parser.add_argument("--output", type=Path, default=Path("docs/accuracy.png"))
     arguments = parser.parse_args()
     with arguments.csv.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["format"]]
+        rows = [row for row in csv.DictReader(file) if row["format"] and row["damp"] == "0.01" and row["ridge"] == "0.1"]
     with arguments.csv.with_name("linears.csv").open() as file:
         linears = list(csv.DictReader(file))
-    models = sorted({row["model"] for row in rows})
-    figure, axes = plt.subplots(1, len(models) + 1, figsize=(8 * len(models) + 7, 5))
-    for axis, model in zip(axes, models, strict=False):
+    figure, axes = plt.subplots(1, len(arguments.models) + 1, figsize=(8 * len(arguments.models) + 7, 5))
+    for axis, model in zip(axes, arguments.models, strict=False):
         draw_kl(axis, rows, model, "wiki.test.raw.gz")
     draw_layers(axes[-1], linears)
     for axis in axes:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw benchmarks/models.csv: how the time to quantize grows with tokens, layers, width and GPUs.
+"""Draw benchmarks/models.csv: how the time to quantize grows with tokens, layers, and width.
 
 python scripts/plot_models.py benchmarks/models.csv docs/performance.png
 """
@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-PHASES = ("weigh", "forward", "hessian", "factorization", "sweep", "report")
+PHASES = ("forward", "hessian", "drift", "factorization", "sweep", "report")
 SHAPES = ("Llama-3.2-1B", "Llama-3.1-8B", "Llama-3.1-70B")
 
 
@@ -22,8 +22,8 @@ def main() -> int:
     with open(source, newline="") as file:
         rows = list(csv.DictReader(file))
     rows = [row for row in rows if row["commit"] == rows[-1]["commit"] and row["deterministic"] == "False"]
-    rows = [row for row in rows if row["scales"] == "joint"]
-    figure, (by_tokens, by_layers, by_width, by_gpus) = plt.subplots(1, 4, figsize=(15, 3.6))
+    rows = [row for row in rows if row["drift"] == "full" and row["token_weights"] == "none"]  # --effort default
+    figure, (by_tokens, by_layers, by_width) = plt.subplots(1, 3, figsize=(12, 3.6))
     eight = [row for row in rows if row["shape"] == "Llama-3.1-8B" and row["gpus"] == "1"]
     lines(by_tokens, [row for row in eight if row["layers"] == "8"], "sequences", "8 layers of 8B: sequences of 2048")
     lines(by_layers, [row for row in eight if row["sequences"] == "128"], "layers", "8B, 128 × 2048 tokens: layers")
@@ -36,10 +36,7 @@ def main() -> int:
         "seconds a layer",
         [int(row["layers"]) for row in widest],
     )
-    ranks = [row for row in rows if row["shape"] == "Llama-3.1-8B" and row["layers"] == "32"]
-    ranks.sort(key=lambda row: int(row["gpus"]))
-    bars(by_gpus, [f"{row['gpus']} GPU" for row in ranks], ranks, "8B, all layers", [1] * len(ranks))
-    by_gpus.legend(fontsize=7)
+    by_width.legend(fontsize=7)
     by_tokens.set_ylabel("seconds")
     figure.tight_layout()
     figure.savefig(target, dpi=110)

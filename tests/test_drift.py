@@ -1,6 +1,8 @@
 """What earlier layers lost, made good: the least squares it claims to be, and what it does to a model."""
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -100,6 +102,27 @@ def test_the_model_comes_closer_to_the_original(method, rule, how):
             outputs = [torch.cat([m.get_decoder()(b).last_hidden_state for b in batches]) for m in (original, model)]
         distances.append(float((outputs[0] - outputs[1]).norm()))
     assert distances[1] < 0.9 * distances[0]
+
+
+def test_nothing_of_a_finished_layer_waits_for_the_garbage_collector(monkeypatch):
+    """On a GPU it would be gigabytes.  A pass that ends early must not leave a cycle that holds its layer."""
+    copies: list[weakref.ref] = []
+
+    def spy(thing, *arguments):
+        copied = deepcopy(thing, *arguments)
+        if isinstance(thing, torch.nn.Module):
+            copies.append(weakref.ref(copied))
+        return copied
+
+    model, deepcopy = tiny_model(num_hidden_layers=3), copy.deepcopy
+    monkeypatch.setattr(copy, "deepcopy", spy)
+    gc.collect()
+    gc.disable()
+    try:
+        list(quantize_model(LlamaAdapter(model), tokens().split(2), QuantConfig(drift=1.0)))
+        assert len(copies) >= 3 and not [one for one in copies if one() is not None]
+    finally:
+        gc.enable()
 
 
 def test_held_out_errors_are_those_of_the_outputs():

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from ptq.config import QuantConfig
+from ptq.config import DRIFTS, QuantConfig
 from ptq.estimate import floor_seconds, memory, operations, seconds, shape_of
 from ptq.export import existing_parent
 from ptq.models.random import random_adapter, shape_config
@@ -18,23 +18,26 @@ from .test_script import main  # noqa: F401  # a fixture
 from .tiny import TEXT, save_tiny
 
 ROWS = list(csv.DictReader((ROOT / "benchmarks" / "models.csv").open()))
-LATEST = [row for row in ROWS if row["commit"] == ROWS[-1]["commit"]]
+# With token weights and with drift; row feedback is not in the estimate.
+MEASURED = [row for row in ROWS if row["commit"] in ("9f16ffc", "816dc82") and row["row_feedback"] == "False"]
+NAMED = ("shape", "layers", "sequences", "gpus", "scales", "token_weights", "drift")
 
 
-def shape(name, layers, sequences=128, length=2048):
-    adapter, config = random_adapter(shape_config(name, layers), torch.device("cpu")), QuantConfig(rule="joint")
-    return shape_of(make_plan(adapter, config), adapter, sequences, length, config, "sampled")
+def shape(name, layers, sequences=128, length=2048, weighing="sampled", drift="none"):
+    adapter = random_adapter(shape_config(name, layers), torch.device("cpu"))
+    config = QuantConfig(rule="joint", **DRIFTS[drift])
+    return shape_of(make_plan(adapter, config), adapter, sequences, length, config, weighing)
 
 
-@pytest.mark.parametrize(
-    "row", LATEST, ids=lambda row: "-".join(row[key] for key in ("shape", "layers", "sequences", "gpus", "scales"))
-)
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: "-".join(row[key] for key in NAMED))
 def test_estimates_are_near_what_was_measured(row):
-    found = shape(row["shape"], int(row["layers"]), int(row["sequences"]), int(row["length"]))
+    size = (int(row["layers"]), int(row["sequences"]), int(row["length"]))
+    found = shape(row["shape"], *size, row["token_weights"], row["drift"])
     total, gpus = float(row["seconds_total"]), int(row["gpus"])
     assert total / 1.3 < sum(seconds(found, gpus).values()) < total * 1.3
     assert floor_seconds(found) / gpus == pytest.approx(float(row["floor_seconds"]), abs=0.01)
-    if row["deterministic"] == "False":  # its partial sums are not in the estimate
+    # Partial sums of deterministic runs are not in the estimate; and at that commit, a stage after the other left garbage.
+    if row["deterministic"] == "False" and row["drift"] != "full":
         peak = memory(found, int(row["batch"]), ranks=gpus).gpu / 1e9
         assert peak == pytest.approx(float(row["peak_gpu_gb"]), rel=0.3)
 
