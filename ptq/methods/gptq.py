@@ -47,15 +47,16 @@ def gptq(
     damp: float = 0.01,
     G: Tensor | None = None,
     panel: int = 128,
-    row_panel: int = 32,
+    row_panel: int | None = None,
     block_order: bool = True,
 ) -> Solution:
     """W (d_out, d_in) in 4 bits, each column's rounding error pushed onto the columns not yet rounded.
 
     H (d_in, d_in): mean of x xᵀ.  `damp` is relative to mean(diag H).  `panel`: columns between two large matmuls, a multiple of
     the block; it changes the speed and, up to rounding, nothing else.  G (d_out, d_out): mean of g gᵀ over tokens, g being the
-    gradient of the loss at the outputs; rows are then visited by descending G_ii, `row_panel` at a time.  Computes in float64 if
-    W is, else in float32.  Raises NotPositiveDefiniteError where H + damp or G + damp has no Cholesky factor.
+    gradient of the loss at the outputs; rows are then visited by descending G_ii, `row_panel` at a time (32, or
+    a 48th of them where that is more: docs/log.md).  Computes in float64 if W is, else in float32.  Raises
+    NotPositiveDefiniteError where H + damp or G + damp has no Cholesky factor.
     """
     if H is None or H.dim() != 2:
         raise ValueError("method gptq needs the full Hessian H (d_in, d_in)")
@@ -67,7 +68,7 @@ def gptq(
     run = kernels.sweep if x.is_cuda and format.elements is E2M1 and x.dtype == torch.float32 else sweep
     columns = max(format.block, panel // format.block * format.block)
     sweep_rows = partial(run, A=A, U=U, format=format, rule=rule, panel=columns)
-    q, scales, row_loss = sweep_rows(x) if G is None else sweep_row_panels(x, G, sweep_rows, row_panel)
+    q, scales, row_loss = sweep_rows(x) if G is None else sweep_row_panels(x, G, sweep_rows, row_panel or max(32, len(x) // 48))
 
     undo = order.argsort()
     blocks = rearrange(undo, "(b k) -> b k", k=format.block)[:, 0] // format.block
