@@ -24,20 +24,22 @@ WEIGHTS = ("none", "text", "sampled")
 
 
 def settings_of(case: str) -> dict:
-    """What an effort sets, or a case METHOD-SCALES-WEIGHTS[-half|-full][-rows]: method, what `EFFORTS` names, and `effort`, ""
-    where the case is none.  Raises ValueError for neither."""
+    """What an effort sets, or a case METHOD-SCALES-WEIGHTS[-half|-full][-rows][-frozen]: method, what `EFFORTS` names, frozen, and
+    `effort`, "" where the case is none.  Raises ValueError for neither."""
     if case in EFFORTS:
-        return {"method": "gptq", **EFFORTS[case], "effort": case}
+        return {"method": "gptq", **EFFORTS[case], "frozen": False, "effort": case}
     method, scales, weights, *more = [*case.split("-"), "", ""]
     drift = next((word for word in more if word in DRIFTS), "none")
-    if method not in METHODS or scales not in RULES or weights not in WEIGHTS or set(more) - {"", "rows", *DRIFTS}:
+    if method not in METHODS or scales not in RULES or weights not in WEIGHTS or set(more) - {"", "rows", "frozen", *DRIFTS}:
         raise ValueError(
-            f"no such case: {case!r}; write {' | '.join(EFFORTS)}, or METHOD-SCALES-WEIGHTS[-half|-full][-rows] with METHOD "
-            f"{' | '.join(METHODS)}, SCALES {' | '.join(RULES)} and WEIGHTS {' | '.join(WEIGHTS)}"
+            f"no such case: {case!r}; write {' | '.join(EFFORTS)}, or METHOD-SCALES-WEIGHTS[-half|-full][-rows][-frozen] with "
+            f"METHOD {' | '.join(METHODS)}, SCALES {' | '.join(RULES)} and WEIGHTS {' | '.join(WEIGHTS)}"
         )
     chosen = {"scales": scales, "token_weights": weights, "drift": drift, "row_feedback": "rows" in more}
-    effort = next((name for name, settings in EFFORTS.items() if method == "gptq" and settings == chosen), "")
-    return {"method": method, **chosen, "effort": effort}
+    frozen = "frozen" in more
+    known = method == "gptq" and not frozen
+    effort = next((name for name, settings in EFFORTS.items() if known and settings == chosen), "")
+    return {"method": method, **chosen, "frozen": frozen, "effort": effort}
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class QuantConfig:
     `re:PATTERN` matched from the start of the name.  `drift`: how much of what earlier layers lost each linear makes good
     (ptq.drift), 0 to 1, against a ridge of `ridge` · mean(diag H); `stagewise`: each stage after those before it in the layer are
     quantized, else all from one pass, which diverges beyond one half.  `row_feedback`: rounding errors are fed forward over rows
-    too, for which gptq needs the curvature of the loss (ptq.token_weights).  Raises ValueError for settings that do not fit."""
+    too, for which gptq needs the curvature of the loss (ptq.token_weights).  `frozen`: gptq's scales are chosen before its
+    loop, for comparison.  Raises ValueError for settings that do not fit."""
 
     format: Format = NVFP4
     method: str = "gptq"
@@ -57,6 +60,7 @@ class QuantConfig:
     stagewise: bool = True
     ridge: float = 0.1
     row_feedback: bool = False
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -78,6 +82,8 @@ class QuantConfig:
             raise ValueError(f"drift {self.drift} from one pass a layer diverges; take at most 0.5, or go stage by stage")
         if self.row_feedback and self.method != "gptq":
             raise ValueError(f"row feedback is part of method gptq; {self.method} feeds no error forward")
+        if self.frozen and self.method != "gptq":
+            raise ValueError(f"frozen scales are a variant of method gptq; {self.method} has no loop to choose them in")
         if not self.ridge > 0:
             raise ValueError(f"ridge must be positive, not {self.ridge}")
 

@@ -104,6 +104,8 @@ def solve_stage(stage: Stage, sums: Sums | None, config: QuantConfig, curvature:
         how = partial(
             METHODS[config.method], format=config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp
         )
+        if config.frozen:
+            how = partial(how, frozen=True)
         if config.row_feedback:
             assert curvature is not None
             parts = zip(T.split(sizes), stage, strict=True)

@@ -26,17 +26,19 @@ from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import load_model
 from ptq.plan import with_block
 from ptq.runner import quantize_model
+from ptq.scales import RULES
 from ptq.stage import Record
 from ptq.token_weights import TokenWeights, token_weights
 
 HELD_OUT = 4
 FIELDS = (
-    "model format method scales token_weights drift row_feedback effort damp ridge sequences length calibration seed "
+    "model format method scales frozen token_weights drift row_feedback effort damp ridge sequences length calibration seed "
     "test_text windows ppl kl seconds gpu commit"
 )
 CASES = (
     *("rtn-absmax-none", "rtn-mse-none", "rtn-local-none", "rtn-local-none-full"),
-    *(f"gptq-{rule}-none" for rule in ("absmax", "mse", "local", "schur", "joint")),
+    *(f"gptq-{rule}-none" for rule in RULES),
+    *(f"gptq-{rule}-none-frozen" for rule in RULES),
     *(f"gptq-{rule}-sampled" for rule in ("local", "schur", "joint")),
     *("gptq-local-none-full", "gptq-joint-none-half", "gptq-joint-none-full"),
     *("gptq-joint-sampled-rows", "gptq-joint-sampled-full", "gptq-joint-sampled-full-rows"),
@@ -50,7 +52,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block", type=int, help="for int4")
     parser.add_argument("--damp", type=float, nargs="+", default=[0.01])
     parser.add_argument(
-        "--cases", nargs="+", metavar="EFFORT|METHOD-SCALES-WEIGHTS[-half|-full][-rows]", default=CASES, help="(default: all)"
+        "--cases",
+        nargs="+",
+        metavar="EFFORT|METHOD-SCALES-WEIGHTS[-half|-full][-rows][-frozen]",
+        default=CASES,
+        help="(default: all)",
     )
     parser.add_argument("--calibration", nargs="+", required=True)
     parser.add_argument("--sequences", type=int, default=128)
@@ -99,7 +105,11 @@ def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[tuple[dict,
             form = with_block(get_format(format), args.block if format == "int4" else None)
             for case in cases:
                 for damp in args.damp if case["method"] == "gptq" else args.damp[:1]:
-                    more = DRIFTS[case["drift"]] | {"ridge": args.ridge, "row_feedback": case["row_feedback"]}
+                    more = DRIFTS[case["drift"]] | {
+                        "ridge": args.ridge,
+                        "row_feedback": case["row_feedback"],
+                        "frozen": case["frozen"],
+                    }
                     config = QuantConfig(form, case["method"], case["scales"], damp, **more)
                     begin = time.perf_counter()
                     quantized = copy.deepcopy(model)

@@ -76,7 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--cases",
         nargs="+",
         default=CASES,
-        metavar="EFFORT|METHOD-SCALES-WEIGHTS[-half|-full][-rows]",
+        metavar="EFFORT|METHOD-SCALES-WEIGHTS[-half|-full][-rows][-frozen]",
         help=f"default: {' '.join(CASES)}",
     )
     parser.add_argument("--block", type=int, metavar="N", help="weights a scale of int4")
@@ -109,7 +109,7 @@ def parse_case(name: str, case: str, args: argparse.Namespace) -> Case:
     if chosen["row_feedback"] and chosen["token_weights"] == "none":
         raise ValueError(f"case {case!r}: rows needs the backward pass of weights text or sampled")
     format = with_block(get_format(name), args.block if name == "int4" else None)
-    more = DRIFTS[chosen["drift"]] | {"row_feedback": chosen["row_feedback"]}
+    more = DRIFTS[chosen["drift"]] | {"row_feedback": chosen["row_feedback"], "frozen": chosen["frozen"]}
     config = QuantConfig(format, chosen["method"], chosen["scales"], args.damp, **more)
     return Case(config, chosen["token_weights"], args.sequential or config.drift > 0 or config.row_feedback)
 

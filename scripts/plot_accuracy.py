@@ -16,7 +16,7 @@ Row = dict[str, str]
 
 def method(row: Row) -> str:
     """What was done, in words."""
-    words = [row["method"].upper(), row["scales"]]
+    words = [row["method"].upper(), row["scales"]] + ["frozen"] * (row.get("frozen") == "True")
     words += ["weighted"] * (row["token_weights"] != "none")
     words += [f"drift {row['drift']}"] * (row["drift"] != "none")
     return " ".join(words + ["rows"] * (row["row_feedback"] == "True"))

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from einops import rearrange
 
 from ptq.formats import FORMATS, INT4_G128, MXFP4, NVFP4, choose_tensor_scale, get_format
 from ptq.hessian import damped
+from ptq.linalg import block_diagonal
 from ptq.methods.gptq import DAMP_ROWS, gptq, visit_order
 from ptq.methods.rtn import rtn
 from ptq.scales import RULES, choose_scales
@@ -94,6 +96,20 @@ def test_rules_that_know_more_lose_less():
     scale = choose_tensor_scale(W, NVFP4)
     losses = [loss(W, gptq(W, H, NVFP4, rule=r, tensor_scale=scale).quantized, H) for r in ("absmax", "mse", "local", "joint")]
     assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("format", SMALL, ids=lambda f: f.name)
+def test_frozen_scales_are_those_of_the_weights_as_they_were(format, rule):
+    W, H = problem()
+    scale = choose_tensor_scale(W, format).double()
+    frozen, loose = (gptq(W, H, format, rule=rule, tensor_scale=scale, frozen=one) for one in (True, False))
+    assert torch.allclose(frozen.accumulated, frozen.measured, rtol=1e-9)
+    if rule in ("absmax", "mse", "local"):
+        blocks = rearrange(W / scale, "r (b k) -> b r k", k=format.block)
+        expected = choose_scales(blocks, format, rule, block_diagonal(damped(H, 0.01), format.block))
+        assert torch.equal(frozen.quantized.scales, expected.T)
+    assert not torch.equal(frozen.quantized.scales, loose.quantized.scales)
 
 
 def test_block_order_moves_whole_blocks_by_descending_energy():

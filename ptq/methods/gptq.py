@@ -49,13 +49,15 @@ def gptq(
     panel: int = 128,
     row_panel: int | None = None,
     block_order: bool = True,
+    frozen: bool = False,
 ) -> Solution:
     """W (d_out, d_in) in 4 bits, each column's rounding error pushed onto the columns not yet rounded.
 
     H (d_in, d_in): mean of x xᵀ.  `damp` is relative to mean(diag H).  `panel`: columns between two large matmuls, a multiple of
     the block; it changes the speed and, up to rounding, nothing else.  G (d_out, d_out): mean of g gᵀ over tokens, g being the
     gradient of the loss at the outputs; rows are then visited by descending G_ii, `row_panel` at a time (32, or
-    a 48th of them where that is more: docs/log.md).  Computes in float64 if W is, else in float32.  Raises
+    a 48th of them where that is more: docs/log.md).  `frozen`: scales are those of W, chosen before any error is fed forward, as
+    other systems have it; for comparison, and in plain torch everywhere.  Computes in float64 if W is, else in float32.  Raises
     NotPositiveDefiniteError where H + damp or G + damp has no Cholesky factor.
     """
     if H is None or H.dim() != 2:
@@ -65,7 +67,8 @@ def gptq(
     x, A = (W / tensor_scale)[:, order], damped(H, damp).to(W.dtype)[order][:, order]
     with phase("factorization"):
         U = inverse_factor(A)
-    run = kernels.sweep if x.is_cuda and format.elements is E2M1 and x.dtype == torch.float32 else sweep
+    in_kernel = x.is_cuda and format.elements is E2M1 and x.dtype == torch.float32 and not frozen
+    run = kernels.sweep if in_kernel else partial(sweep, frozen=frozen)
     columns = max(format.block, panel // format.block * format.block)
     sweep_rows = partial(run, A=A, U=U, format=format, rule=rule, panel=columns)
     q, scales, row_loss = sweep_rows(x) if G is None else sweep_row_panels(x, G, sweep_rows, row_panel or max(32, len(x) // 48))
@@ -109,12 +112,17 @@ def visit_order(H: Tensor, block: int) -> Tensor:
     return (blocks[:, None] * block + torch.arange(block, device=H.device)).flatten()
 
 
-def sweep(x: Tensor, A: Tensor, U: Tensor, format: Format, rule: str, panel: int) -> tuple[Tensor, Tensor, Tensor]:
+def sweep(
+    x: Tensor, A: Tensor, U: Tensor, format: Format, rule: str, panel: int, frozen: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loop over panels: values q (r, n) in units of the scale, scales (r, n/block), Σ err² per row (r,) float64.
 
-    x (r, n) is overwritten with the error-updated weights.  A (n, n): damped Hessian.  U (n, n): its inverse factor.
+    A (n, n): damped Hessian.  U (n, n): its inverse factor.  `frozen`: scales are those of x (r, n) as it comes.
     """
     H_blocks, U_blocks = block_diagonal(A, format.block), block_diagonal(U, format.block)
+    fixed = (
+        choose_scales(rearrange(x, "r (b k) -> b r k", k=format.block), format, rule, H_blocks, U_blocks) if frozen else None
+    )
     x = x.clone()
     q, scales = torch.empty_like(x), x.new_empty(x.shape[0], x.shape[1] // format.block)
     row_loss = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
@@ -122,7 +130,13 @@ def sweep(x: Tensor, A: Tensor, U: Tensor, format: Format, rule: str, panel: int
         stop = min(start + panel, x.shape[1])
         columns, blocks = slice(start, stop), slice(start // format.block, stop // format.block)
         q[:, columns], scales[:, blocks], E = sweep_panel(
-            x[:, columns], H_blocks[blocks], U_blocks[blocks], U[columns, columns], format, rule
+            x[:, columns],
+            H_blocks[blocks],
+            U_blocks[blocks],
+            U[columns, columns],
+            format,
+            rule,
+            None if fixed is None else fixed[blocks],
         )
         x[:, stop:] -= E @ U[columns, stop:]
         row_loss += E.square().sum(1, dtype=torch.float64)
@@ -130,17 +144,21 @@ def sweep(x: Tensor, A: Tensor, U: Tensor, format: Format, rule: str, panel: int
 
 
 def sweep_panel(
-    x: Tensor, H_blocks: Tensor, U_blocks: Tensor, U: Tensor, format: Format, rule: str
+    x: Tensor, H_blocks: Tensor, U_blocks: Tensor, U: Tensor, format: Format, rule: str, fixed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One panel: q (r, p), scales (r, p/block) and the scaled errors E (r, p), which the caller pushes onto later panels.
 
-    x (r, p) is overwritten.  H_blocks, U_blocks (p/block, block, block): diagonal blocks.  U (p, p): the panel's own.
+    x (r, p) is overwritten.  H_blocks, U_blocks (p/block, block, block): diagonal blocks.  U (p, p): the panel's own.  `fixed`
+    (p/block, r): scales to take instead of the rule's.
     """
     q, E = torch.empty_like(x), torch.empty_like(x)
     scales = x.new_empty(x.shape[0], len(H_blocks))
     for b in range(len(H_blocks)):
         columns = slice(b * format.block, (b + 1) * format.block)
-        s = choose_scales(x[None, :, columns], format, rule, H_blocks[b, None], U_blocks[b, None]).to(x.dtype)
+        if fixed is None:
+            s = choose_scales(x[None, :, columns], format, rule, H_blocks[b, None], U_blocks[b, None]).to(x.dtype)
+        else:
+            s = fixed[b, None].to(x.dtype)
         values, errors = feed_forward(x[None, :, columns], s, U_blocks[b, None], format.elements)
         q[:, columns], E[:, columns], scales[:, b] = values[0], errors[0], s[0]
         x[:, columns.stop :] -= errors[0] @ U[columns, columns.stop :]
