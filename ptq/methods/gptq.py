@@ -67,8 +67,8 @@ def gptq(
     x, A = (W / tensor_scale)[:, order], damped(H, damp).to(W.dtype)[order][:, order]
     with phase("factorization"):
         U = inverse_factor(A)
-    in_kernel = x.is_cuda and format.elements is E2M1 and x.dtype == torch.float32 and not frozen
-    run = kernels.sweep if in_kernel else partial(sweep, frozen=frozen)
+    run = kernels.sweep if x.is_cuda and format.elements is E2M1 and x.dtype == torch.float32 else sweep
+    run = partial(sweep, frozen=True) if frozen else run
     columns = max(format.block, panel // format.block * format.block)
     sweep_rows = partial(run, A=A, U=U, format=format, rule=rule, panel=columns)
     q, scales, row_loss = sweep_rows(x) if G is None else sweep_row_panels(x, G, sweep_rows, row_panel or max(32, len(x) // 48))
