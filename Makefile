@@ -8,7 +8,7 @@ MODEL := build/demo/SmolLM2-135M-Instruct.Q4_1.gguf
 
 demo: $(INSTALLED) $(MODEL)
 	rm -rf build/demo/checkpoint
-	$(BIN)/python scripts/quantize_llama.py $(MODEL) --format nvfp4 --method gptq --scales local --token-weights none \
+	$(BIN)/python scripts/quantize_llama.py $(MODEL) --format nvfp4 --effort fast \
 		--calibration builtin --sequences 32 --length 512 \
 		--evaluate builtin-heldout --windows 12 --output build/demo/checkpoint
 	cp build/demo/checkpoint/report.json build/demo/report.json
