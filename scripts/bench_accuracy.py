@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ptq.calibration import all_windows, read_documents, sample_windows
 from ptq.config import DRIFTS, QuantConfig, settings_of
+from ptq.estimate import HELD_OUT
 from ptq.eval.perplexity import Score, evaluate
 from ptq.formats import FORMATS, get_format
 from ptq.models.llama import LlamaAdapter
@@ -30,7 +31,6 @@ from ptq.scales import RULES
 from ptq.stage import Record
 from ptq.token_weights import TokenWeights, token_weights
 
-HELD_OUT = 4
 FIELDS = (
     "model format method scales frozen token_weights drift row_feedback effort damp ridge sequences length calibration seed "
     "test_text windows ppl kl seconds gpu commit"

@@ -28,14 +28,13 @@ from ptq.activations import default_batch
 from ptq.clock import Clock, timed
 from ptq.config import DRIFTS, EFFORTS, WEIGHTS, QuantConfig
 from ptq.distributed import Team, joined
-from ptq.estimate import floor_seconds, operations, shape_of
+from ptq.estimate import HELD_OUT, floor_seconds, operations, shape_of
 from ptq.formats import get_format
 from ptq.job import Job, do_layers
 from ptq.models.random import SHAPES, random_adapter, shape_config
 from ptq.plan import make_plan
 from ptq.unfinished import Unfinished
 
-HELD_OUT = 4  # as many sequences as quantize_llama.py measures on
 PHASES = ("load", "weigh", "forward", "hessian", "drift", "factorization", "sweep", "report", "write", "communicate")
 FIELDS = (
     *("shape", "gpus", "method", "scales", "token_weights", "drift", "row_feedback"),
