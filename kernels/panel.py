@@ -16,16 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ptq.formats import E4M3, Format
-from ptq.kernels.matmul import subtract_product
 from ptq.kernels.rounding import absmax_scale, decode_scale, quantize_e2m1, scale_above
 from ptq.kernels.search import MARGIN, load_all, prepare, quadratic_form, sum_of_squares
-from ptq.linalg import block_diagonal
 
 # Rows × candidates: one thread each, and at 4096 rows the grid fills the chip once.
 ROWS_PER_PROGRAM, CANDIDATES = 16, 8
 # Columns of the panel that take a block's errors at once.
 COLUMNS_AT_ONCE = 64
-RULES = ("absmax", "mse", "local", "schur", "joint")
 
 
 @triton.jit
@@ -280,59 +277,3 @@ def launch_panel(
         K=format.block, ROWS=ROWS_PER_PROGRAM, CHUNK=CANDIDATES, WIDTH=COLUMNS_AT_ONCE, E4M3=format.grid is E4M3,
         ABSMAX=format.absmax.__name__, RULE=kernel_rule, num_warps=4,
     )  # fmt: skip
-
-
-def check(x: Tensor, format: Format, rule: str) -> None:
-    if rule not in RULES:
-        raise ValueError(f"unknown scale rule {rule!r}; there are {', '.join(RULES)}")
-    if format.elements.name != "e2m1" or x.dtype != torch.float32:
-        raise ValueError(f"the GPTQ kernel is for E2M1 formats in float32, not {format.name!r} in {x.dtype}")
-
-
-def sweep_panel(
-    x: Tensor, H_blocks: Tensor, U_blocks: Tensor, U: Tensor, format: Format, rule: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One panel: q (r, p), scales (r, p/block) and the scaled errors E (r, p), as ptq.methods.gptq.sweep_panel.
-
-    x (r, p) float32 is overwritten.  H_blocks, U_blocks (p/block, block, block): diagonal blocks.  U (p, p): the panel's own.
-    Raises ValueError for an unknown rule, elements other than E2M1 or another dtype.
-    """
-    check(x, format, rule)
-    q, E = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    scales = x.new_empty(x.shape[0], len(H_blocks))
-    loss = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-    factors = block_factors(H_blocks, U_blocks, rule)
-    launch_panel(x, U, U_blocks.contiguous(), factors, q, scales, E, loss, format, rule)
-    return q, scales, E
-
-
-def sweep(
-    x: Tensor, A: Tensor, U: Tensor, format: Format, rule: str, panel: int, outer: int = 1024
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loop over panels, as ptq.methods.gptq.sweep: values q (r, n), scales (r, n/block), Σ err² per row (r,) float64.
-
-    x (r, n) float32, not changed.  A (n, n): damped Hessian.  U (n, n): its inverse factor.  Two levels: errors of a panel go
-    at once to the columns of its group of `outer`, and to those after the group in one matmul when the group is done: the same
-    sums, with fewer passes over x.
-    """
-    check(x, format, rule)
-    H_blocks, U_blocks = block_diagonal(A, format.block), block_diagonal(U, format.block)
-    G, c = block_factors(H_blocks, U_blocks, rule)
-    (rows, n), k = x.shape, format.block
-    x = x.clone(memory_format=torch.contiguous_format)
-    q, scales = torch.empty_like(x), x.new_empty(rows, n // k)
-    loss = torch.zeros(rows, dtype=torch.float64, device=x.device)
-    outer = max(panel, outer // panel * panel)
-    for group in range(0, n, outer):
-        end = min(group + outer, n)
-        E = x.new_empty(rows, end - group)
-        for start in range(group, end, panel):
-            stop = min(start + panel, end)
-            columns, blocks, own = slice(start, stop), slice(start // k, stop // k), slice(start - group, stop - group)
-            launch_panel(
-                x[:, columns], U[columns, columns], U_blocks[blocks], (G[blocks], c[blocks]),
-                q[:, columns], scales[:, blocks], E[:, own], loss, format, rule,
-            )  # fmt: skip
-            x[:, stop:end].addmm_(E[:, own], U[columns, stop:end], alpha=-1)
-        subtract_product(x[:, end:], E, U[group:end, end:])
-    return q, scales, loss

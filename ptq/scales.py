@@ -55,15 +55,20 @@ def residual(x: Tensor, s: Tensor, elements: Elements) -> Tensor:
 
 
 def quadratic(M: Tensor) -> Objective:
-    """rᵀ M r.  M (b, k, k).  A block no input reaches (M = 0) is judged by r · r: nothing else is known of it."""
-    unseen = (M.diagonal(dim1=-2, dim2=-1) == 0).all(-1)[:, None, None]
-    M = torch.where(unseen, torch.eye(M.shape[-1], dtype=M.dtype, device=M.device), M)
+    """rᵀ M r.  M (b, k, k)."""
+    M = or_identity(M)
 
     def loss(x: Tensor, s: Tensor, elements: Elements) -> Tensor:
         r = residual(x, s, elements)
         return (r @ M * r).sum(-1)
 
     return Objective(loss, inverse_diagonal(M), largest_magnitude)
+
+
+def or_identity(M: Tensor) -> Tensor:
+    """M (b, k, k), but the identity for a block that no input reaches (M = 0): it is judged by r · r, as nothing else is known."""
+    unseen = (M.diagonal(dim1=-2, dim2=-1) == 0).all(-1)[:, None, None]
+    return torch.where(unseen, torch.eye(M.shape[-1], dtype=M.dtype, device=M.device), M)
 
 
 def mse(x: Tensor) -> Objective:

@@ -1,17 +1,18 @@
-"""The GPTQ panel kernel against the plain-torch one."""
+"""The kernels of GPTQ against plain torch."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ptq.formats import MXFP4, NVFP4
+from ptq.formats import INT4_G128, MXFP4, NVFP4
 from ptq.hessian import damped, inverse_factor
-from ptq.kernels.panel import sweep, sweep_panel
-from ptq.linalg import block_diagonal
-from ptq.methods.gptq import sweep as reference_sweep
-from ptq.methods.gptq import sweep_panel as reference
+from ptq.kernels.sweep import sweep
+from ptq.methods.gptq import sweep as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RULES = ["absmax", "mse", "local", "schur", "joint"]
+SMALL_INT4 = replace(INT4_G128, name="int4 in blocks of 32", block=32)
 
 
 def problem(rows, n, seed=0):
@@ -24,17 +25,28 @@ def problem(rows, n, seed=0):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("format,n", [(NVFP4, 32), (MXFP4, 32)], ids=["nvfp4", "mxfp4"])
-def test_panel_is_that_of_torch(format, n, rule):
+@pytest.mark.parametrize("format", [NVFP4, MXFP4, SMALL_INT4], ids=lambda format: format.name)
+def test_a_panel_is_that_of_torch(format, rule):
     if format is MXFP4 and rule in ("mse", "schur"):
         pytest.skip("compiles for a minute and tests nothing new")
-    x, A, U = problem(9, n)
-    blocks = block_diagonal(A, format.block), block_diagonal(U, format.block)
-    expected = reference(x.clone(), *blocks, U, format, rule)
-    found = sweep_panel(x.clone(), *blocks, U, format, rule)
-    assert torch.equal(found[1], expected[1])
-    assert torch.equal(found[0], expected[0])
-    torch.testing.assert_close(found[2], expected[2], rtol=1e-4, atol=1e-6 * x.abs().max().item())
+    x, A, U = problem(9, 32)
+    expected = reference(x, A, U, format, rule, 32)
+    q, scales, accumulated = sweep(x, A, U, format, rule, 32)
+    assert torch.equal(scales, expected[1])
+    assert torch.equal(q, expected[0])
+    torch.testing.assert_close(accumulated, expected[2], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["mse", "joint"])
+def test_int4_of_zeros_and_of_one_weight(rule):
+    x, A, U = problem(3, 32)
+    x[0] = 0
+    x[1, 1:] = 0
+    x[2] *= 2.0**-130  # subnormal: the smallest scale makes every code 0
+    expected = reference(x, A, U, SMALL_INT4, rule, 32)
+    q, scales, _ = sweep(x, A, U, SMALL_INT4, rule, 32)
+    assert torch.equal(scales, expected[1]) and torch.equal(q, expected[0])
+    assert scales[0] == scales[2] == 2.0**-126 and not q[0].any() and not q[2].any() and q[1, 0] and not q[1, 1:].any()
 
 
 def loss(x, q, scales, A, k):
@@ -43,22 +55,27 @@ def loss(x, q, scales, A, k):
     return ((delta @ A.double()) * delta).sum(1)
 
 
-@pytest.mark.parametrize("panel,outer", [(16, 16), (16, 32), (48, 48)])
-def test_sweep_keeps_the_loss_identity(panel, outer):
-    x, A, U = problem(5, 48)
-    q, scales, accumulated = sweep(x, A, U, NVFP4, "local", panel, outer)
-    torch.testing.assert_close(accumulated, loss(x, q, scales, A, 16), rtol=1e-4, atol=0)
+@pytest.mark.parametrize(
+    "format,panel,outer", [(NVFP4, 16, 16), (NVFP4, 16, 32), (NVFP4, 64, 64), (SMALL_INT4, 64, 64)], ids=str
+)
+def test_sweep_keeps_the_loss_identity(format, panel, outer):
+    x, A, U = problem(5, 64)
+    q, scales, accumulated = sweep(x, A, U, format, "local", panel, outer)
+    torch.testing.assert_close(accumulated, loss(x, q, scales, A, format.block), rtol=1e-4, atol=0)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "format,rule",
-    [(NVFP4, rule) for rule in RULES] + [(MXFP4, "local"), (MXFP4, "joint")],
+    [(NVFP4, rule) for rule in RULES]
+    + [(MXFP4, "local"), (MXFP4, "joint")]
+    + [(INT4_G128, rule) for rule in RULES]
+    + [(replace(INT4_G128, name="int4 in blocks of 256", block=256), "joint")],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_sweep_is_that_of_torch(format, rule):
     x, A, U = problem(300, 1024)
-    expected = reference_sweep(x, A, U, format, rule, 128)
+    expected = reference(x, A, U, format, rule, 256)
     for panel, outer in ((128, 128), (128, 512), (96, 1024)):
         q, scales, accumulated = sweep(x, A, U, format, rule, panel, outer)
         torch.testing.assert_close(accumulated, loss(x, q, scales, A, format.block), rtol=1e-4, atol=0)

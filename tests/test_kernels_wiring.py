@@ -7,7 +7,7 @@ import torch
 
 from ptq.formats import MXFP4, NVFP4, choose_tensor_scale
 from ptq.hessian import damped
-from ptq.kernels import panel
+from ptq.kernels.sweep import sweep
 from ptq.linalg import block_diagonal
 from ptq.methods.gptq import gptq
 from ptq.methods.rtn import rtn, rtn_kernels
@@ -48,7 +48,7 @@ def test_gptq(monkeypatch):
     W, H = problem(5, 64)
     scale = choose_tensor_scale(W, NVFP4)
     reference = gptq(W.cpu(), H.cpu(), NVFP4, rule="joint", tensor_scale=scale.cpu())
-    monkeypatch.setattr(sys.modules[gptq.__module__], "sweep", panel.sweep)
+    monkeypatch.setattr(sys.modules[gptq.__module__], "sweep", sweep)
     ours = gptq(W, H, NVFP4, rule="joint", tensor_scale=scale)
     assert torch.equal(ours.quantized.codes.cpu(), reference.quantized.codes)
     assert torch.equal(ours.quantized.scales.cpu(), reference.quantized.scales)

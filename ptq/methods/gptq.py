@@ -12,7 +12,7 @@ With the curvature G of the loss in the linear's outputs, the loss is taken as t
 recursion runs over rows: when a panel of rows is done, what its error does to the loss is made good by the rows still to come.
 The rows of a panel are rounded as if their outputs were independent.
 
-On a GPU the E2M1 formats run in a kernel (ptq.kernels.panel), of which `sweep` is the reference.
+On a GPU float32 runs in kernels (ptq.kernels.sweep), of which `sweep` is the reference.
 
 A dead column (zero row of H) is rounded to nearest by itself: nothing is known about it, so no error enters or leaves it.
 """
@@ -25,9 +25,9 @@ from einops import rearrange
 from torch import Tensor
 
 from ptq.clock import phase
-from ptq.formats import E2M1, Format
+from ptq.formats import Format
 from ptq.hessian import damped, inverse_factor
-from ptq.kernels import panel as kernels
+from ptq.kernels import sweep as kernels
 from ptq.linalg import block_diagonal
 from ptq.methods.solution import Solution
 from ptq.packing import Quantized
@@ -67,7 +67,7 @@ def gptq(
     x, A = (W / tensor_scale)[:, order], damped(H, damp).to(W.dtype)[order][:, order]
     with phase("factorization"):
         U = inverse_factor(A)
-    run = kernels.sweep if x.is_cuda and format.elements is E2M1 and x.dtype == torch.float32 else sweep
+    run = kernels.sweep if x.is_cuda and x.dtype == torch.float32 else sweep
     run = partial(sweep, frozen=True) if frozen else run
     columns = max(format.block, panel // format.block * format.block)
     sweep_rows = partial(run, A=A, U=U, format=format, rule=rule, panel=columns)
