@@ -14,7 +14,8 @@ from ptq.eval.paired import Difference, difference
 
 Result = Mapping[str, Any]
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
-table{border-collapse:collapse;margin:1rem 0}th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right}
+table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
+th,td{white-space:nowrap;padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right}
 th:first-child,td:first-child{text-align:left}svg{max-width:100%;height:auto}figure{margin:1.5rem 0}"""
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Shards:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    index = folder / INDEX
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
     try:

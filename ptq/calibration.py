@@ -16,13 +16,15 @@ from torch import Tensor
 
 from ptq.presets import PRESETS, find_preset, hub_documents
 
-HELD_OUT = "builtin-heldout"
+BUILTIN_HELD_OUT = "builtin-heldout"
+# Drawn beside the calibration sequences unless told otherwise, to measure every linear on.
+HELD_OUT_SEQUENCES = 4
 
 
 def read_documents(source: str) -> list[str]:
     """The documents of a source.  Raises ValueError that names the file (and the line) and says what is wrong."""
-    if source in ("builtin", HELD_OUT):
-        return builtin_documents(held_out=source == HELD_OUT)
+    if source in ("builtin", BUILTIN_HELD_OUT):
+        return builtin_documents(held_out=source == BUILTIN_HELD_OUT)
     path = Path(source).expanduser()
     found = None if path.exists() or (path.suffix and ":" not in source) else find_preset(source)
     if path.is_file():

@@ -1,7 +1,9 @@
 """What to do to a model: one frozen record, checked when it is made."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ptq.formats import NVFP4, Format
 from ptq.methods import METHODS
@@ -90,3 +92,16 @@ class QuantConfig:
     @property
     def needs_calibration(self) -> bool:
         return self.method == "gptq" or self.rule == "local" or self.drift > 0
+
+
+def make_config(format: Format, settings: Mapping[str, Any], damp: float = 0.01, **more: Any) -> QuantConfig:
+    """What `settings` say by the names of `settings_of`: method, scales, token_weights, drift, row_feedback, and frozen if there.
+
+    `more`: other fields of QuantConfig.  Raises ValueError where they do not fit each other.
+    """
+    if settings["row_feedback"] and settings["token_weights"] == "none":
+        raise ValueError("row feedback needs the backward pass of token weights text or sampled, and they are none")
+    more = (
+        DRIFTS[settings["drift"]] | {"row_feedback": settings["row_feedback"], "frozen": settings.get("frozen", False)} | more
+    )
+    return QuantConfig(format, settings["method"], settings["scales"], damp, **more)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ptq.activations import DEVICE_SHARE
 from ptq.adapter import Adapter
+from ptq.calibration import HELD_OUT_SEQUENCES
 from ptq.config import QuantConfig
 from ptq.distributed import assign
 from ptq.plan import Plan
@@ -100,7 +101,6 @@ def drift_products(shape: Shape) -> int:
     return stream * (2 * stream + shape.attention + shape.inner)
 
 
-HELD_OUT = 4  # sequences that linears are measured on, as many as quantize_llama.py takes
 FLOAT32_PHASES = ("drift", "factorization", "sweep")
 
 
@@ -148,7 +148,7 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
         )
         for i, name in enumerate(("factorization", "sweep", "report", "drift")):
             found[name] = layers * sum(cost[i] for cost, owner in zip(costs, owners, strict=True) if owner == slowest)
-        found["report"] += layers * 2 * one_pass * HELD_OUT / shape.sequences
+        found["report"] += layers * 2 * one_pass * HELD_OUT_SEQUENCES / shape.sequences
         if not shape.drift:
             del found["drift"]
     return found

@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ptq.adapter import Adapter
 from ptq.formats import Format, decode_scales, encode_scales
 from ptq.packing import Quantized, pack, pack_int32, unpack
 
 DTYPE = torch.bfloat16
-INDEX = "model.safetensors.index.json"
 
 
 class ReadBackError(RuntimeError):
@@ -187,7 +187,7 @@ def write_rest(
     model: PreTrainedModel = adapter.model  # type: ignore[attr-defined]
     layers = len(adapter.names)
     save_tensors(folder / shard_name(-1, layers), {name: stored(tensor) for name, tensor in adapter.ends().items()})
-    save_text(folder / INDEX, json.dumps(make_index(folder, layers), indent=2, sort_keys=True) + "\n")
+    save_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(make_index(folder, layers), indent=2, sort_keys=True) + "\n")
     config = model.config.to_diff_dict() | {
         "architectures": [type(model).__name__],
         "dtype": str(DTYPE).removeprefix("torch."),

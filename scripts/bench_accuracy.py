@@ -18,9 +18,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from ptq.calibration import all_windows, read_documents, sample_windows
-from ptq.config import DRIFTS, QuantConfig, settings_of
-from ptq.estimate import HELD_OUT
+from ptq.calibration import HELD_OUT_SEQUENCES, all_windows, read_documents, sample_windows
+from ptq.config import QuantConfig, make_config, settings_of
 from ptq.eval.perplexity import Score, evaluate
 from ptq.formats import FORMATS, get_format
 from ptq.models.llama import LlamaAdapter
@@ -85,7 +84,22 @@ def weights_of(
     return weights, curvature
 
 
-def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[tuple[dict, dict[str, Score], list[Record]]]:
+def runs_of(args: argparse.Namespace) -> list[tuple[dict, QuantConfig]]:
+    """(the row's settings, what to do) of every run of one seed.  Raises ValueError for a case that there is not."""
+    runs = []
+    for name in args.formats:
+        format = with_block(get_format(name), args.block if name == "int4" else None)
+        label = name if name != "int4" else f"{name}_g{format.block}"
+        for case in map(settings_of, args.cases):
+            for damp in args.damp if case["method"] == "gptq" else args.damp[:1]:
+                settings = {"format": label, **case, "damp": damp, "ridge": args.ridge}
+                runs.append((settings, make_config(format, case, damp, ridge=args.ridge)))
+    return runs
+
+
+def measure(
+    args: argparse.Namespace, runs: list[tuple[dict, QuantConfig]]
+) -> Iterator[tuple[dict, dict[str, Score], list[Record]]]:
     """(the row's settings, score by text, records) of each run, the unquantized model first."""
     model, tokenizer = load_model(args.model, dtype=torch.float32, device=args.device)
     model.requires_grad_(False)
@@ -98,34 +112,23 @@ def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[tuple[dict,
     tests = {Path(source).name: windows([source])[: args.windows].to(args.device) for source in args.evaluate}
     yield {"method": "original"}, scores(model, model, tests), []
     for seed in args.seeds:
-        drawn = sample_windows(calibration, args.sequences, seed, args.calibration[0], held_out=HELD_OUT)
+        drawn = sample_windows(calibration, args.sequences, seed, args.calibration[0], held_out=HELD_OUT_SEQUENCES)
         batches, held_out = drawn[: args.sequences].to(args.device).split(16), drawn[args.sequences :]
-        weights, curvature = weights_of(model, batches, seed, cases)
-        for format in args.formats:
-            form = with_block(get_format(format), args.block if format == "int4" else None)
-            for case in cases:
-                for damp in args.damp if case["method"] == "gptq" else args.damp[:1]:
-                    more = DRIFTS[case["drift"]] | {
-                        "ridge": args.ridge,
-                        "row_feedback": case["row_feedback"],
-                        "frozen": case["frozen"],
-                    }
-                    config = QuantConfig(form, case["method"], case["scales"], damp, **more)
-                    begin = time.perf_counter()
-                    quantized = copy.deepcopy(model)
-                    results = quantize_model(
-                        LlamaAdapter(quantized),
-                        batches,
-                        config,
-                        weights[case["token_weights"]],
-                        curvature,
-                        held_out.to(args.device),
-                    )
-                    records = [record for record, _ in results]
-                    name = form.name if format != "int4" else f"int4_g{form.block}"
-                    settings = {"format": name, **case, "damp": damp, "ridge": args.ridge, "seed": seed}
-                    seconds = round(time.perf_counter() - begin, 2)
-                    yield settings | {"seconds": seconds}, scores(model, quantized, tests), records
+        weights, curvature = weights_of(model, batches, seed, [settings for settings, _ in runs])
+        for settings, config in runs:
+            begin = time.perf_counter()
+            quantized = copy.deepcopy(model)
+            results = quantize_model(
+                LlamaAdapter(quantized),
+                batches,
+                config,
+                weights[settings["token_weights"]],
+                curvature,
+                held_out.to(args.device),
+            )
+            records = [record for record, _ in results]
+            seconds = round(time.perf_counter() - begin, 2)
+            yield settings | {"seed": seed, "seconds": seconds}, scores(model, quantized, tests), records
 
 
 def scores(model: torch.nn.Module, other: torch.nn.Module, tests: dict[str, Tensor]) -> dict[str, Score]:
@@ -151,7 +154,7 @@ def write_linears(path: Path, settings: dict, records: list[Record]) -> None:
 def main() -> int:
     args = parse_arguments()
     try:
-        cases = [settings_of(case) for case in args.cases]
+        runs = runs_of(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
     transformers.utils.logging.set_verbosity_error()
@@ -168,7 +171,7 @@ def main() -> int:
         writer = csv.DictWriter(file, FIELDS.split(), restval="")
         if fresh:
             writer.writeheader()
-        for settings, found, records in measure(args, cases):
+        for settings, found, records in measure(args, runs):
             write_linears(args.csv.with_name("linears.csv"), common | settings, records)
             for text, score in found.items():
                 windows = score.tokens // (score.window - 1)

@@ -19,13 +19,15 @@ import torch
 import triton
 from torch import Tensor
 
-from ptq.formats import E4M3, MXFP4, NVFP4, choose_tensor_scale, scale_values
+from ptq.formats import E4M3, INT4_G128, MXFP4, NVFP4, choose_tensor_scale, scale_values
 from ptq.hessian import damped, inverse_factor
-from ptq.kernels import functional, hessian, panel, quantize, search
+from ptq.kernels import functional, hessian, quantize, search
+from ptq.kernels.sweep import sweep
 
 ROWS, COLUMNS, TOKENS = 4096, 14336, 8192
 # Measured on an H200: a device-to-device copy, bfloat16 matmul; and 132 SMs × 128 lanes × 1.98 GHz.
 BYTES_PER_MS, BF16_PER_MS, LANES_PER_MS = 4.3e9, 790e9, 33.4e9
+GPTQ_CASES = ((NVFP4, ("joint", "local", "mse", "absmax")), (MXFP4, ("joint", "local")), (INT4_G128, ("joint", "local")))
 FIELDS = ["kernel", "provider", "shape", "dtype", "median_ms", "p20_ms", "p80_ms", "floor_ms", "gpu", "torch", "triton"]
 FIELDS += ["commit"]
 
@@ -174,16 +176,17 @@ def gptq_cases(rows: int, n: int, tokens: int) -> Iterator[Case]:
     )
     U = inverse_factor(A)
     W = weights(rows, n)
-    for format, rules in ((NVFP4, ("joint", "local", "mse", "absmax")), (MXFP4, ("joint_mxfp4", "local_mxfp4"))):
+    for format, rules in GPTQ_CASES:
         x = W / choose_tensor_scale(W, format)
+        suffix = "" if format is NVFP4 else f"_{format.name}"
         for rule in rules:
             yield (
-                f"gptq_{rule}",
+                f"gptq_{rule}{suffix}",
                 "ptq",
                 f"{rows}x{n}",
                 "float32",
                 rows * n**2 / flops,
-                lambda x=x, format=format, rule=rule: panel.sweep(x, A, U, format, rule.removesuffix("_mxfp4"), 128),
+                lambda x=x, format=format, rule=rule: sweep(x, A, U, format, rule, 128),
             )
 
 

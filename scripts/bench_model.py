@@ -25,10 +25,11 @@ import transformers
 from transformers import LlamaConfig
 
 from ptq.activations import default_batch
+from ptq.calibration import HELD_OUT_SEQUENCES
 from ptq.clock import Clock, timed
-from ptq.config import DRIFTS, EFFORTS, WEIGHTS, QuantConfig
+from ptq.config import DRIFTS, EFFORTS, WEIGHTS, make_config
 from ptq.distributed import Team, joined
-from ptq.estimate import HELD_OUT, floor_seconds, operations, shape_of
+from ptq.estimate import floor_seconds, operations, shape_of
 from ptq.formats import get_format
 from ptq.job import Job, do_layers
 from ptq.models.random import SHAPES, random_adapter, shape_config
@@ -74,10 +75,9 @@ def parse_arguments() -> argparse.Namespace:
 def make_job(args: argparse.Namespace, config: LlamaConfig, sequences: int) -> Job:
     device = torch.device(args.device)
     adapter = random_adapter(config, device)
-    more = DRIFTS[args.drift] | {"row_feedback": args.row_feedback}
-    quantization = QuantConfig(get_format(args.format), args.method, args.scales, **more)
+    quantization = make_config(get_format(args.format), vars(args))
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config.vocab_size, (sequences + HELD_OUT, args.length), generator=generator)
+    tokens = torch.randint(0, config.vocab_size, (sequences + HELD_OUT_SEQUENCES, args.length), generator=generator)
     plan = make_plan(adapter, quantization)
     return Job(
         adapter,

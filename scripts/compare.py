@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ptq.calibration import all_windows, read_documents, sample_windows
-from ptq.config import DRIFTS, QuantConfig, settings_of
+from ptq.config import QuantConfig, make_config, settings_of
 from ptq.eval.checkpoint import Loaded, bits_per_weight, load_any
 from ptq.eval.logits import KeptLogits
 from ptq.eval.logits import run as run_model
@@ -106,11 +106,7 @@ def cases_of(args: argparse.Namespace) -> dict[str, Case]:
 def parse_case(name: str, case: str, args: argparse.Namespace) -> Case:
     """A case (ptq.config.settings_of) in the format `name`."""
     chosen = settings_of(case)
-    if chosen["row_feedback"] and chosen["token_weights"] == "none":
-        raise ValueError(f"case {case!r}: rows needs the backward pass of weights text or sampled")
-    format = with_block(get_format(name), args.block if name == "int4" else None)
-    more = DRIFTS[chosen["drift"]] | {"row_feedback": chosen["row_feedback"], "frozen": chosen["frozen"]}
-    config = QuantConfig(format, chosen["method"], chosen["scales"], args.damp, **more)
+    config = make_config(with_block(get_format(name), args.block if name == "int4" else None), chosen, args.damp)
     return Case(config, chosen["token_weights"], args.sequential or config.drift > 0 or config.row_feedback)
 
 

@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import ptq
 from ptq.activations import default_batch
-from ptq.calibration import all_windows, read_documents, sample_windows
-from ptq.config import DRIFTS, EFFORTS, WEIGHTS, QuantConfig
+from ptq.calibration import HELD_OUT_SEQUENCES, all_windows, read_documents, sample_windows
+from ptq.config import DRIFTS, EFFORTS, WEIGHTS, QuantConfig, make_config
 from ptq.distributed import joined, local_device
 from ptq.eval.perplexity import Score, evaluate
 from ptq.export import DTYPE, ReadBackError, check_output, layers_that_fit, save_text, verify, write_rest
@@ -88,9 +88,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text.add_argument(
         "--length", type=int, default=1024, metavar="N", help="tokens a sequence or window (default: %(default)s)"
     )
-    text.add_argument(
-        "--held-out", type=int, default=4, metavar="N", help="more sequences, to measure every linear on (default: %(default)s)"
-    )
+    help = "more sequences, to measure every linear on (default: %(default)s)"
+    text.add_argument("--held-out", type=int, default=HELD_OUT_SEQUENCES, metavar="N", help=help)
     text.add_argument("--seed", type=int, default=0, help="which sequences are drawn (default: %(default)s)")
     result = parser.add_argument_group("result")
     result.add_argument("--output", type=Path, metavar="DIR", help="write a checkpoint there; it must not exist")
@@ -117,8 +116,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, value in (EFFORTS[args.effort] if args.method == "gptq" else rtn).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.row_feedback and args.token_weights == "none":
-        parser.error("--row-feedback needs the backward pass of --token-weights text or sampled")
     for name in ("sequences", "windows", "length", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < (2 if name == "length" else 1):
             parser.error(f"--{name} {getattr(args, name)}: too few")
@@ -173,8 +170,7 @@ def preview(args: argparse.Namespace) -> str:
 
 def quantization(args: argparse.Namespace) -> QuantConfig:
     format = with_block(get_format(args.format), args.block)
-    more = DRIFTS[args.drift] | {"row_feedback": args.row_feedback}
-    return QuantConfig(format, args.method, args.scales, args.damp, tuple(args.ignore), **more)
+    return make_config(format, vars(args), args.damp, ignore=tuple(args.ignore))
 
 
 def model_dtype(args: argparse.Namespace) -> torch.dtype | None:

@@ -117,7 +117,7 @@ def test_cases_with_drift_run_alone_beside_those_that_share_hessians(script, job
     [
         (["--cases", "gptq-local"], "no such case: 'gptq-local'; write fast"),
         (["--cases", "gptq-local-none-ful"], "no such case: 'gptq-local-none-ful'; write fast"),
-        (["--cases", "gptq-local-none-rows"], "rows needs the backward pass of weights text or sampled"),
+        (["--cases", "gptq-local-none-rows"], "row feedback needs the backward pass of token weights text or sampled"),
         (["--cases", "rtn-joint-none"], "scale rule 'joint' follows GPTQ's error feedback"),
         (["--formats", "int4"], "which blocks of 128 do not divide"),
         (["--text", "nowhere.txt"], "is not there"),
