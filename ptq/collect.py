@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ptq.activations import Activations, each_batch
 from ptq.adapter import Adapter
 from ptq.clock import phase
-from ptq.distributed import Team, assign
+from ptq.distributed import Team
 from ptq.drift import Drift
 from ptq.hessian import Hessian
 from ptq.watch import see_inputs
@@ -49,11 +49,13 @@ def collect(
     token_weights: Mapping[str, Tensor],
     team: Team,
     sequences: int,
+    shares: list[list[range]],
     original: Original | None = None,
 ) -> list[Sums | None]:
-    """The sums of each stage from one pass of `hidden` through the layer, added up over the team on the rank that solves it.
+    """The sums of each stage from one pass of `hidden` through the layer, added up over the team on the ranks that solve it.
 
-    `sequences`: of all ranks.  With `original`, the sums tell too what the stages are to make good.
+    `sequences`: of all ranks.  `shares`: for each stage and rank, the rows it solves (ptq.distributed.share_rows).  With
+    `original`, the sums tell too what the stages are to make good.
     """
     if hidden is None or not stages:
         return [None] * len(stages)
@@ -69,9 +71,13 @@ def collect(
         partial.append(new)
     ((_, whole),) = partial
     with phase("communicate"):
-        for sums, owner in zip(whole, owners_of(stages, team), strict=True):
+        for sums, share in zip(whole, shares, strict=True):
+            owners = [rank for rank, rows in enumerate(share) if rows]
             for tensor in (sums.hessian.sum, sums.hessian.weight, *([sums.drift.sum] if sums.drift else [])):
-                team.sum_to(tensor, owner)
+                if len(owners) > 1:
+                    team.sum(tensor)
+                else:
+                    team.sum_to(tensor, owners[0])
             sums.hessian.tokens = sequences * hidden.data.shape[1]
     return list(whole)
 
@@ -175,7 +181,6 @@ def first_of(stage: Stage) -> nn.Linear:
     return next(iter(stage.values()))
 
 
-def owners_of(stages: list[Stage], team: Team) -> list[int]:
-    """The rank that solves each stage.  A factorization costs about as much as a sweep over as many rows as there are columns."""
-    shapes = [(sum(linear.out_features for linear in stage.values()), first_of(stage).in_features) for stage in stages]
-    return assign([(d_out + d_in) * d_in * d_in for d_out, d_in in shapes], team.size)
+def shape_of(stage: Stage) -> tuple[int, int]:
+    """(d_out, d_in) of its linears one below the other."""
+    return sum(linear.out_features for linear in stage.values()), first_of(stage).in_features

@@ -1,8 +1,8 @@
-"""Several processes at one model: each has its own calibration sequences, and some of the stages to solve.
+"""Several processes at one model: each has its own calibration sequences, and some of the stages, or of their rows, to solve.
 
-Tokens are additive in H, so H is summed over the ranks (the one sum whose order depends on how many there are); a stage is
-solved by one rank and its result sent to all, so the solve does not depend on them.  With `deterministic` the sum is a tree over
-`GROUPS` fixed groups of sequences, and its bits are the same on 1, 2, 4 or 8 ranks.
+Tokens are additive in H, so H is summed over the ranks.  Rows are independent given H: a stage is solved by one rank, or each
+rank factorizes and sweeps its share of the rows, and what was solved is sent to all.  With `deterministic` the sum is a tree over
+`GROUPS` fixed groups of sequences, a stage has one rank, and the bits are the same on 1, 2, 4 or 8 ranks.
 """
 
 import os
@@ -76,6 +76,12 @@ class Team:
             dist.all_reduce(tensor)
         return tensor
 
+    def largest(self, tensor: Tensor) -> Tensor:
+        """In place: the largest over ranks, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
     def total(self, value: float, device: torch.device) -> float:
         if self.size == 1:
             return value
@@ -119,6 +125,19 @@ def assign(costs: Sequence[float], ranks: int) -> list[int]:
         owners[piece] = loads.index(min(loads))
         loads[owners[piece]] += costs[piece]
     return owners
+
+
+def share_rows(stages: Sequence[tuple[int, int]], team: Team, *, divisible: bool) -> list[list[range]]:
+    """For each stage (d_out, d_in) and each rank, the rows of the stage that the rank solves.
+
+    Whole stages, or, if `divisible` and there are fewer of them than ranks, as many rows of every stage on each rank.  A
+    factorization costs about as much as a sweep over as many rows as there are columns.
+    """
+    ranks = range(team.size)
+    if divisible and len(stages) < team.size <= min(d_out for d_out, _ in stages) and not team.deterministic:
+        return [[range(d_out * r // team.size, d_out * (r + 1) // team.size) for r in ranks] for d_out, _ in stages]
+    owners = assign([(d_out + d_in) * d_in * d_in for d_out, d_in in stages], team.size)
+    return [[range(d_out if r == owner else 0) for r in ranks] for (d_out, _), owner in zip(stages, owners, strict=True)]
 
 
 @contextmanager

@@ -41,15 +41,17 @@ class Drift:
         self.sum += other.sum
         return self
 
-    def target(self, W: Tensor, H: Tensor, weight: Tensor, *, strength: float, ridge: float) -> Tensor:
-        """T (d_out, d_in) float32 for W (d_out, d_in).  H: the mean, of `weight` in all.  `ridge` is relative to mean(diag H).
+    def target(
+        self, W: Tensor, H: Tensor, weight: Tensor, *, strength: float, ridge: float, rows: slice = slice(None)
+    ) -> Tensor:
+        """T (r, d_in) float32 for W (r, d_in), these `rows` of the stage.  H: the mean, of `weight` in all.  `ridge` is relative
+        to mean(diag H).
 
         A dead input (zero row of H) is left as it is: no token says anything about it.
         Raises NotPositiveDefiniteError where H + ridge has no Cholesky factor.
         """
-        mean = self.sum / weight.float()
-        C = mean if self.of_outputs else W @ mean
+        C = self.sum[rows] if self.of_outputs else W @ self.sum
         factor, info = torch.linalg.cholesky_ex(damped(H, ridge))
         if int(info):
             raise NotPositiveDefiniteError(f"H + ridge {ridge} is not positive definite (pivot {int(info)} of {len(H)})")
-        return W + strength * torch.cholesky_solve(C.T, factor).T
+        return W + strength / weight.float() * torch.cholesky_solve(C.T, factor).T

@@ -97,7 +97,7 @@ def weigh(
         progress=lambda name: progress("weigh", name),
     )
     collected = {name: [team.collect(torch.cat(parts), len(job.calibration))] for name, parts in weights.items()}
-    for name, G in curvature.items():
+    for name, G in curvature.items() if team.size > 1 else ():
         curvature[name] = team.sum(G.to(job.device)).cpu()
     if team.rank == 0:
         unfinished.save_curvature(curvature)

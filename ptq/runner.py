@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ptq.activations import embed_all, propagate
 from ptq.adapter import Adapter
 from ptq.clock import phase
-from ptq.collect import Original, Stage, Sums, collect, first_of, owners_of
+from ptq.collect import Original, Stage, Sums, collect, first_of, shape_of
 from ptq.config import QuantConfig
-from ptq.distributed import Team
+from ptq.distributed import Team, share_rows
 from ptq.held_out import HeldOut
 from ptq.packing import Quantized
 from ptq.plan import Plan, make_plan
@@ -112,9 +112,10 @@ def quantize_layers(
             records: list[Record] = []
             quantized: dict[str, Quantized] = {}
             for part in [[stage] for stage in stages] if original and config.stagewise else [stages]:
+                shares = share_rows([shape_of(stage) for stage in part], team, divisible=not config.row_feedback)
                 with phase("forward"):
-                    sums = collect(adapter, layer, part, hidden, weights, team, sequences, original)
-                records += quantize_stages(part, sums, config, team, quantized, curvature or {})
+                    sums = collect(adapter, layer, part, hidden, weights, team, sequences, shares, original)
+                records += quantize_stages(part, sums, shares, config, team, quantized, curvature or {})
             if watch:
                 with phase("report"):
                     errors = watch.after(layer)
@@ -147,19 +148,19 @@ def linear_of(layer: nn.Module, name: str) -> nn.Linear:
 def quantize_stages(
     stages: list[Stage],
     sums: list[Sums | None],
+    shares: list[list[range]],
     config: QuantConfig,
     team: Team,
     quantized: dict[str, Quantized],
     curvature: Mapping[str, Tensor],
 ) -> list[Record]:
-    """Solves the stages, each on its rank, and puts the results into the linears of every rank and into `quantized`."""
-    owners = owners_of(stages, team)
+    """Solves the stages, each rank its `shares`, and puts the results into the linears of every rank and into `quantized`."""
     solved: list[Solved | None] = [None] * len(stages)
     for i, stage in enumerate(stages):
         own, sums[i] = sums[i], None
-        if owners[i] == team.rank:
+        if shares[i][team.rank]:
             try:
-                solved[i] = solve_stage(stage, own, config, curvature)
+                solved[i] = solve_stage(stage, own, config, curvature, shares[i][team.rank], team)
             except ValueError as error:
                 raise type(error)(f"{', '.join(stage)}: {error}") from None
             except torch.OutOfMemoryError as error:
@@ -170,7 +171,7 @@ def quantize_stages(
                 ) from error
     with phase("communicate"):
         shared = [
-            share_solved(stage, one, owner, config, team) for stage, one, owner in zip(stages, solved, owners, strict=True)
+            share_solved(stage, one, share, config, team) for stage, one, share in zip(stages, solved, shares, strict=True)
         ]
     records: list[Record] = []
     for stage, (whole, numbers) in zip(stages, shared, strict=True):

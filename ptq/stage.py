@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.clock import Moment, now, phase, seconds_between
-from ptq.collect import Stage, Sums, first_of
+from ptq.collect import Stage, Sums, first_of, shape_of
 from ptq.config import QuantConfig
 from ptq.distributed import Team
 from ptq.formats import choose_tensor_scale
@@ -59,8 +59,8 @@ class Record:
 class Numbers(NamedTuple):
     """What the device found of one linear.  Energies: Σ over rows of the mean over tokens of (row · x)².
 
+    `moved`: Σ over rows of the share of blocks whose scale is not the absmax one.  What follows is no sum over rows.
     `feeds_forward`: 1 where the method has a loss identity, whose sides are `accumulated` and `measured`, else 0.
-    `moved`: Σ over rows of the share of blocks whose scale is not the absmax one.
     """
 
     whole: float
@@ -77,7 +77,7 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True)
 class Solved:
-    """A quantized stage.  numbers (linears, 10) float64, on the device: rows of `Numbers`, seconds still 0."""
+    """Quantized rows of a stage.  numbers (linears, 10) float64, on the device: rows of `Numbers`, seconds still 0."""
 
     quantized: Quantized
     numbers: Tensor
@@ -85,21 +85,27 @@ class Solved:
     end: Moment
 
 
-def solve_stage(stage: Stage, sums: Sums | None, config: QuantConfig, curvature: Mapping[str, Tensor] | None = None) -> Solved:
-    """Quantizes the linears of one stage as one matrix: they share H, U and, as serving engines fuse them, tensor_scale.
+def solve_stage(
+    stage: Stage, sums: Sums | None, config: QuantConfig, curvature: Mapping[str, Tensor], rows: range, team: Team
+) -> Solved:
+    """Quantizes the linears of one stage as one matrix, or `rows` of it where others of the team have the rest: they share H, U
+    and, as serving engines fuse them, tensor_scale.
 
     The sums are used up.  With row feedback each linear is solved with its own `curvature`.
     """
-    sizes = [linear.out_features for linear in stage.values()]
+    cuts = cut(stage, rows)
+    sizes = [part.stop - part.start for part in cuts]
     device = first_of(stage).weight.device
     begin = now(device)
     H, tokens = (sums.hessian.take_mean(), sums.hessian.tokens) if sums else (None, 0)
-    W = T = torch.cat([linear.weight.float() for linear in stage.values()])
+    W = T = torch.cat([linear.weight[part].float() for linear, part in zip(stage.values(), cuts, strict=True)])
     if sums and sums.drift:
         assert H is not None
         with phase("drift"):
-            T = sums.drift.target(W, H, sums.hessian.weight, strength=config.drift, ridge=config.ridge)
-    tensor_scale = choose_tensor_scale(T, config.format)
+            part = slice(rows.start, rows.stop)
+            T = sums.drift.target(W, H, sums.hessian.weight, strength=config.drift, ridge=config.ridge, rows=part)
+    largest = T.abs().amax()
+    tensor_scale = choose_tensor_scale(largest if len(rows) == shape_of(stage)[0] else team.largest(largest), config.format)
     with phase("sweep"):
         how = partial(
             METHODS[config.method], format=config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp
@@ -107,7 +113,6 @@ def solve_stage(stage: Stage, sums: Sums | None, config: QuantConfig, curvature:
         if config.frozen:
             how = partial(how, frozen=True)
         if config.row_feedback:
-            assert curvature is not None
             parts = zip(T.split(sizes), stage, strict=True)
             solution = join([how(part, H, G=curvature[name].to(device)) for part, name in parts])
         else:
@@ -118,7 +123,7 @@ def solve_stage(stage: Stage, sums: Sums | None, config: QuantConfig, curvature:
         energies = [nothing] * 3 if H is None else output_energies(W, T, H, solution, baseline.dequantize(), config)
         identity = [nothing if side is None else side for side in (solution.accumulated, solution.measured)]
         moved = (solution.quantized.scales != baseline.scales).double().sum(1) / baseline.scales.shape[1]
-        totals = [torch.stack([part.sum() for part in rows.split(sizes)]) for rows in (*energies, *identity, moved)]
+        totals = [torch.stack([part.sum() for part in each.split(sizes)]) for each in (*energies, *identity, moved)]
         dead = 0 if H is None else (H.diagonal() == 0).sum()
         same = (solution.measured is not None, dead, tokens, 0)
         constants = [torch.as_tensor(value, dtype=torch.float64, device=device).expand(len(sizes)) for value in same]
@@ -143,23 +148,40 @@ def rough_energy(W: Tensor, H: Tensor) -> Tensor:
     return ((W @ H) * W).sum(1, dtype=torch.float64)
 
 
-def share_solved(stage: Stage, solved: Solved | None, owner: int, config: QuantConfig, team: Team) -> tuple[Quantized, Tensor]:
-    """(quantized, numbers) of a stage on every rank; `solved` where it was solved, None elsewhere."""
-    first = first_of(stage).weight
-    d_out, d_in = sum(linear.out_features for linear in stage.values()), first.shape[1]
+def cut(stage: Stage, rows: range) -> list[slice]:
+    """The part of each linear's rows that is in `rows` of the stage."""
+    cuts, start = [], 0
+    for linear in stage.values():
+        first, last = (min(max(edge - start, 0), linear.out_features) for edge in (rows.start, rows.stop))
+        cuts.append(slice(first, last))
+        start += linear.out_features
+    return cuts
+
+
+def share_solved(
+    stage: Stage, solved: Solved | None, share: list[range], config: QuantConfig, team: Team
+) -> tuple[Quantized, Tensor]:
+    """(quantized, numbers) of a stage on every rank; `solved`: this rank's rows of the `share`."""
+    first, (d_out, d_in) = first_of(stage).weight, shape_of(stage)
+    codes = first.new_empty((d_out, d_in), dtype=torch.uint8)
+    scales = first.new_empty((d_out, d_in // config.format.block), dtype=torch.float32)
+    tensor_scale = first.new_empty((), dtype=torch.float32)
+    numbers = first.new_zeros((len(stage), len(Numbers._fields)), dtype=torch.float64)
+    owners = [rank for rank, rows in enumerate(share) if rows]
     if solved:
-        quantized, numbers = solved.quantized, solved.numbers
         if first.is_cuda:
             torch.cuda.synchronize(first.device)
+        rows = slice(share[team.rank].start, share[team.rank].stop)
+        codes[rows], scales[rows] = solved.quantized.codes, solved.quantized.scales
+        tensor_scale.copy_(solved.quantized.tensor_scale)
+        numbers.copy_(solved.numbers)
         numbers[:, -1] = seconds_between(solved.begin, solved.end)
-    else:
-        codes = first.new_empty((d_out, d_in), dtype=torch.uint8)
-        scales = first.new_empty((d_out, d_in // config.format.block), dtype=torch.float32)
-        quantized = Quantized(codes, scales, first.new_empty((), dtype=torch.float32), config.format)
-        numbers = first.new_empty((len(stage), len(Numbers._fields)), dtype=torch.float64)
-    for tensor in (quantized.codes, quantized.scales, quantized.tensor_scale, numbers):
-        team.send(tensor, owner)
-    return quantized, numbers
+        numbers[:, Numbers._fields.index("feeds_forward") :] /= len(owners)
+    for rank in owners:
+        for tensor in (codes, scales):
+            team.send(tensor[share[rank].start : share[rank].stop], rank)
+    team.send(tensor_scale, owners[0])
+    return Quantized(codes, scales, tensor_scale, config.format), team.sum(numbers)
 
 
 def make_record(name: str, linear: nn.Linear, numbers: Numbers, config: QuantConfig) -> Record:

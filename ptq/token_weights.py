@@ -97,27 +97,24 @@ def descend(
 
     With `tokens` the segment is the last, and the gradient of its output is that of the loss.
     """
-    names = {
-        layer.get_submodule(name): f"{prefix}.{stage[0]}"
+    names: dict[nn.Module, tuple[str, str]] = {  # its own, and the first's of its stage
+        layer.get_submodule(name): (f"{prefix}.{name}", f"{prefix}.{stage[0]}")
         for prefix, layer in part
         for stage in adapter.stages
         for name in stage
     }
-    for name in names.values():
-        weights[name] = torch.zeros(hidden.data.shape[:2], device=hidden.device)
-    own = {
-        layer.get_submodule(name): f"{prefix}.{name}" for prefix, layer in part for stage in adapter.stages for name in stage
-    }
-    G = {} if curvature is None else {linear: square(linear.out_features, hidden.device) for linear in own}  # type: ignore[arg-type]
+    for _, first_name in names.values():
+        weights[first_name] = torch.zeros(hidden.data.shape[:2], device=hidden.device)
+    G = {} if curvature is None else {linear: square(linear.out_features, hidden.device) for linear in names}  # type: ignore[arg-type]
 
     def work(rows: slice) -> None:
         gradients: list[tuple[nn.Module, Tensor]] = []
-        for name in names.values():
-            weights[name][rows] = 0
+        for _, first_name in names.values():
+            weights[first_name][rows] = 0
 
         def see(linear: nn.Module, _x: Tensor, y: Tensor) -> None:
             def add(gradient: Tensor) -> None:
-                weights[names[linear]][rows] += torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square()
+                weights[names[linear][1]][rows] += torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square()
                 if curvature is not None:
                     gradients.append((linear, gradient))
 
@@ -138,7 +135,7 @@ def descend(
 
     each_batch(hidden, "weigh", work, divisor=max(1, len(part) // 2))
     if curvature is not None:
-        curvature.update({own[linear]: total.cpu() for linear, total in G.items()})
+        curvature.update({names[linear][0]: total.cpu() for linear, total in G.items()})
 
 
 def square(size: int, device: torch.device) -> Tensor:

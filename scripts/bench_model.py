@@ -38,7 +38,7 @@ from ptq.unfinished import Unfinished
 
 PHASES = ("load", "weigh", "forward", "hessian", "drift", "factorization", "sweep", "report", "write", "communicate")
 FIELDS = (
-    *("shape", "gpus", "method", "scales", "token_weights", "drift", "row_feedback"),
+    *("shape", "gpus", "format", "method", "scales", "token_weights", "drift", "row_feedback"),
     *("layers", "sequences", "length", "batch", "deterministic"),
     *("seconds_total", *(f"{phase}_s" for phase in PHASES), "peak_gpu_gb", "peak_host_gb", "floor_seconds", "tflops"),
     *("gpu", "commit"),
@@ -138,11 +138,7 @@ def main() -> int:
         row = measure(args, team)
     if team.rank:
         return 0
-    row |= {
-        name: getattr(args, name)
-        for name in ("shape", "method", "scales", "token_weights", "drift", "row_feedback", "sequences", "length", "batch")
-    }
-    row |= {"deterministic": args.deterministic, "gpus": team.size, "commit": args.commit}
+    row |= {"gpus": team.size} | {name: value for name, value in vars(args).items() if name in FIELDS and name not in row}
     row["gpu"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
     fresh = not args.csv.exists()
     with args.csv.open("a", newline="") as file:

@@ -35,9 +35,8 @@ def draw_kl(axis: Axes, rows: list[Row], model: str, text: str) -> None:
     axis.set(title=f"{model}, NVFP4, {text}", xlabel="KL(original ‖ quantized), nats a token")
 
 
-def draw_layers(axis: Axes, rows: list[Row]) -> None:
+def draw_layers(axis: Axes, rows: list[Row], model: str) -> None:
     """The held-out error of the last linear of each layer, which shows how the loss builds up."""
-    model = rows[-1]["model"]
     found: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         last = row["name"].endswith("down_proj")
@@ -62,7 +61,7 @@ def main() -> None:
     figure, axes = plt.subplots(1, len(arguments.models) + 1, figsize=(8 * len(arguments.models) + 7, 5))
     for axis, model in zip(axes, arguments.models, strict=False):
         draw_kl(axis, rows, model, "wiki.test.raw.gz")
-    draw_layers(axes[-1], linears)
+    draw_layers(axes[-1], linears, arguments.models[0])
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.tight_layout()

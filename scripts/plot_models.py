@@ -21,8 +21,11 @@ def main() -> int:
     source, target = sys.argv[1:]
     with open(source, newline="") as file:
         rows = list(csv.DictReader(file))
-    rows = [row for row in rows if row["commit"] == rows[-1]["commit"] and row["deterministic"] == "False"]
-    rows = [row for row in rows if row["drift"] == "full" and row["token_weights"] == "none"]  # --effort default
+    kept = {"format": "nvfp4", "drift": "full", "token_weights": "none", "deterministic": "False"}  # --effort default
+    rows = [row for row in rows if all(row[name] == value for name, value in kept.items())]
+    rows = list(
+        {tuple(row[name] for name in ("shape", "gpus", "layers", "sequences")): row for row in rows}.values()
+    )  # the last
     figure, (by_tokens, by_layers, by_width) = plt.subplots(1, 3, figsize=(12, 3.6))
     eight = [row for row in rows if row["shape"] == "Llama-3.1-8B" and row["gpus"] == "1"]
     lines(by_tokens, [row for row in eight if row["layers"] == "8"], "sequences", "8 layers of 8B: sequences of 2048")

@@ -1,5 +1,6 @@
 """Real ranks, started by torchrun, over gloo on the CPU."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from ptq.distributed import Team, assign
+from ptq.distributed import Team, assign, share_rows
 
 from .conftest import ROOT
 from .test_script import main  # noqa: F401  # a fixture
@@ -46,6 +48,25 @@ def test_two_ranks_give_the_bytes_of_one(main, tmp_path, arguments):  # noqa: F8
     assert done.returncode == 0, done.stderr
     assert main([*arguments, str(tmp_path / "one"), "--deterministic"]) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_two_ranks_that_share_the_rows_of_each_stage_find_what_one_does(main, tmp_path, arguments):  # noqa: F811
+    """Up to the order of sums, by which near-ties fall."""
+    script = str(ROOT / "scripts" / "quantize_llama.py")
+    done = subprocess.run(
+        [*TORCHRUN, script, *arguments, str(tmp_path / "two")], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    for file in (tmp_path / "one").glob("*.safetensors"):
+        ours, theirs = (load_file(tmp_path / ranks / file.name) for ranks in ("two", "one"))
+        assert all((tensor == theirs[name]).float().mean() > 0.98 for name, tensor in ours.items())
+    one, two = (json.loads((tmp_path / ranks / "report.json").read_text())["linears"] for ranks in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["tokens"] == b["tokens"] and a["dead_inputs"] == b["dead_inputs"] and a["name"] == b["name"]
+        for name in ("error", "rtn_error", "held_out_error", "moved_scales"):
+            assert a[name] == pytest.approx(b[name], rel=0.02), (a["name"], name)
+        assert b["certificate"] < 1e-3
 
 
 def test_a_rank_with_another_calibration_set_stops_the_job(tmp_path, arguments):
@@ -104,6 +125,17 @@ def test_what_cannot_be_shared_is_refused():
 def test_work_goes_to_the_rank_with_the_least():
     assert assign([5.0, 1.0, 2.0, 3.0], 2) == [0, 1, 1, 1] or assign([5.0, 1.0, 2.0, 3.0], 2) == [0, 0, 1, 1]
     assert assign([1.0, 1.0], 1) == [0, 0]
+
+
+def test_rows_are_shared_where_there_are_fewer_stages_than_ranks():
+    stage, team = (10, 4), Team(0, 4)
+    assert share_rows([stage], team, divisible=True) == [[range(0, 2), range(2, 5), range(5, 7), range(7, 10)]]
+    whole = [range(10), range(0), range(0), range(0)]
+    assert share_rows([stage], team, divisible=False) == [whole]
+    assert share_rows([stage], Team(0, 4, deterministic=True), divisible=True) == [whole]
+    assert share_rows([stage] * 2, Team(0, 2), divisible=True) == [[range(10), range(0)], [range(0), range(10)]]
+    assert share_rows([stage], Team(), divisible=True) == [[range(10)]]
+    assert share_rows([(3, 4)], team, divisible=True) == [[range(3), range(0), range(0), range(0)]]
 
 
 def test_alone_nothing_is_exchanged():

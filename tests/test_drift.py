@@ -62,6 +62,8 @@ def test_no_drift_changes_no_bit_and_half_of_it_half_as_much():
     hessian, drift = sums(x, seen, gap, weights, W)
     whole, half = (drift.target(W, hessian.mean(), hessian.weight, strength=s, ridge=0.1) for s in (1.0, 0.5))
     assert torch.allclose(half - W, (whole - W) / 2, atol=1e-6)
+    some = drift.target(W[2:5], hessian.mean(), hessian.weight, strength=1.0, ridge=0.1, rows=slice(2, 5))
+    assert torch.allclose(some, whole[2:5], atol=1e-6)
 
 
 def test_dead_inputs_are_left_alone():

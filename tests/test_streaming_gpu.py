@@ -37,12 +37,12 @@ def test_no_loop_over_batches_waits_for_the_device():
         weights = {next(iter(stage)): torch.rand(16, 128, device="cuda") for stage in stages}
         adapter.logits(hidden.load(slice(0, 1)))  # reads the head
         propagate(adapter, layer, hidden)  # first calls may set libraries up
-        descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, {}, 0, 0)
+        descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, None, 0, 0)
         torch.cuda.set_sync_debug_mode("error")
         try:
             collect_hessians(adapter, layer, stages, hidden, weights, hidden.groups)
             propagate(adapter, layer, hidden)
-            descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, {}, 0, 0)
+            descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, None, 0, 0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
