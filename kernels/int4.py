@@ -5,9 +5,8 @@ so a program (one warp) owns one row, and its tile is candidate scales × column
 warp sums that column out of the tile, rounds it for every candidate, and takes its error from the columns after it.  The smallest
 loss wins, the smaller scale on a tie, and the recursion runs once more for the winner.
 
-Scales are tried in chunks upwards from the absmax one, to the first that makes every code 0 (all larger ones tie with it), or for
-`mse` to where the halving bound of ptq.scales holds; then downwards to where clipping alone loses to the best loss L:
-s < (|x_i| - √(L (M⁻¹)_ii)) / 8.
+Scales are tried in chunks upwards from the absmax one, then downwards, to where the bounds of ptq.scales say that no other can
+beat the best loss so far.
 """
 
 import torch
@@ -103,11 +102,13 @@ def choose_code(
     """The code (0-d) of smallest loss for the one row x (1, K)."""
     FIRST: tl.constexpr = 0x80
     LAST: tl.constexpr = 0x7F7F
-    amax = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
+    magnitudes = tl.abs(x)
+    amax = tl.max(tl.max(magnitudes, axis=1), axis=0)
     start = tl.maximum(nearest_code(tl.div_rn(amax, 7.5)), FIRST)
     lane = tl.arange(0, LINES)[:, None] * STRIDE
     best = tl.full([LINES, 1], float("inf"), tl.float32)
     best_code = start + tl.zeros([LINES, 1], tl.int32)
+    c = tl.load(c_ptr + k)
     lowest = amax * 0.0
     code = start + lane
     step = LINES * STRIDE
@@ -120,13 +121,13 @@ def choose_code(
         best_code = tl.where(better, code, best_code)
         code += step
         if step > 0:
-            last = (code - step >= LAST) | ((largest == 0) & valid)
+            room = tl.sqrt(tl.min(tl.min(best, axis=1), axis=0)) * c
+            telling = tl.where(magnitudes * MARGIN > room, magnitudes, float("inf"))
+            last = (code - step >= LAST) | ((largest == 0) & valid) | (0.5 * s >= tl.min(tl.min(telling, axis=1), axis=0))
             if RULE == "mse":
                 last = last | ((3.5 * s >= amax) & (code - step >= FIRST + 128))
             if tl.max(tl.max(last.to(tl.int32), axis=1), axis=0) == 1:
-                known = tl.sqrt(tl.min(tl.min(best, axis=1), axis=0))
-                room = known * tl.load(c_ptr + k)
-                lowest = tl.max(tl.max(tl.abs(x) - room, axis=1), axis=0) * (MARGIN / 8.0)
+                lowest = tl.max(tl.max(magnitudes - room, axis=1), axis=0) * (MARGIN / 8.0)
                 code = start - LINES * STRIDE + lane
                 step = -LINES * STRIDE
         if step < 0:

@@ -5,9 +5,8 @@ grid of rows × candidates: each keeps a row's 16 weights and evaluates the loss
 recursion inside the block), the smallest loss of a row wins, the smaller scale on a tie.  The recursion then runs once more for
 the winner and pushes its errors onto the panel's later blocks; columns after the panel are the caller's, one large matmul.
 
-Scales are tried in chunks upwards, from a few below the smallest that clips nothing to the first that makes every code 0 (all
-larger ones tie with it), then downwards to where clipping alone loses to the best loss L, s < (|x_i| - √(L (M⁻¹)_ii)) / 6 with
-M = (UᵀU)⁻¹ for `schur` and `joint`.  For `mse` the halving bound of ptq.scales ends the upward search.
+Scales are tried in chunks upwards, from a few below the smallest that clips nothing, then downwards, to where the bounds of
+ptq.scales say that no other can beat the best loss so far.
 """
 
 import torch
@@ -80,17 +79,20 @@ def candidate_loss(x, s, u, inverses, u_ptr, g, g_ptr, RULE: tl.constexpr):
 
 
 @triton.jit
-def smallest_scale(x, best, c_ptr, RULE: tl.constexpr):
-    """The scale below which clipping alone loses to the best loss of the row."""
+def bounds(x, best, c_ptr, RULE: tl.constexpr):
+    """Scales below the first and above the second lose to the best loss of the row: the one clips, the other leaves too little."""
     known = tl.sqrt(tl.min(best, axis=1))[:, None]
     lowest = tl.zeros(best.shape, tl.float32)
+    highest = tl.full(best.shape, float("inf"), tl.float32)
     for i in tl.static_range(len(x)):
         if RULE == "mse":
             room = known
         else:
             room = known * tl.load(c_ptr + i)
-        lowest = tl.maximum(lowest, tl.abs(x[i]) - room)
-    return lowest * (MARGIN / 6.0)
+        magnitude = tl.abs(x[i])
+        lowest = tl.maximum(lowest, magnitude - room)
+        highest = tl.where(magnitude * MARGIN > room, tl.minimum(highest, magnitude), highest)
+    return lowest * (MARGIN / 6.0), 4.0 * highest
 
 
 @triton.jit
@@ -116,11 +118,12 @@ def choose_code(
         best_code = tl.where(better, code, best_code)
         code += step
         if step > 0:
-            last = (code - step >= LAST) | ((largest == 0) & valid)
+            below, above = bounds(x, best, c_ptr, RULE)
+            last = (code - step >= LAST) | ((largest == 0) & valid) | (s >= above)
             if RULE == "mse":
                 last = last | ((3.0 * s >= amax) & (code - step >= HALVES))
             if tl.min(tl.max(last.to(tl.int32), axis=1), axis=0) == 1:
-                lowest = smallest_scale(x, best, c_ptr, RULE)
+                lowest = below
                 code = start - BELOW - CHUNK + lane
                 step = -CHUNK
         if step < 0:

@@ -11,7 +11,7 @@ from ptq.activations import DEVICE_SHARE
 from ptq.adapter import Adapter
 from ptq.calibration import HELD_OUT_SEQUENCES
 from ptq.config import QuantConfig
-from ptq.distributed import assign
+from ptq.distributed import Team, share_rows
 from ptq.plan import Plan
 from ptq.token_weights import POSITIONS_AT_ONCE, SEGMENT
 
@@ -119,7 +119,7 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
     """Estimated seconds by phase on H200s: products at a rate, and what grows with the tensors' sizes.
 
     The constants are fitted to runs of the shapes Llama-3.2-1B, 3.1-8B and 3.1-70B (docs/performance.md), to 7 % in each phase.
-    Sequences are shared by the ranks, stages of a layer are solved by as many ranks as there are stages at most.
+    Sequences are shared by the ranks, and stages or their rows as ptq.distributed.share_rows says.
     """
     T, layers = shape.tokens, shape.layers
     linear, attention = 2 * T * shape.layer_weights, 2 * T * shape.length * shape.attention
@@ -141,13 +141,18 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
         weighting = products / 2800e12 + (2 if shape.drift else 1) * 2.26e-12 * T * columns if shape.weigh else 0
         found["hessian"] = layers * (products / 660e12 + weighting) / ranks
     if shape.feedback:
-        costs = [solve_seconds(d_out, d_in) for d_out, d_in in shape.stages]
-        owners = assign([sum(cost) for cost in costs], ranks)
-        slowest = max(
-            range(ranks), key=lambda rank: sum(sum(c) for c, owner in zip(costs, owners, strict=True) if owner == rank)
-        )
-        for i, name in enumerate(("factorization", "sweep", "report", "drift")):
-            found[name] = layers * sum(cost[i] for cost, owner in zip(costs, owners, strict=True) if owner == slowest)
+        phases = ("factorization", "sweep", "report", "drift")
+        found |= dict.fromkeys(phases, 0.0)
+        for part in [[stage] for stage in shape.stages] if shape.drift and shape.stagewise else [list(shape.stages)]:
+            shares = share_rows(part, Team(size=ranks), divisible=True)
+            by_rank = [
+                [solve_seconds(len(share[rank]), d_in) for share, (_, d_in) in zip(shares, part, strict=True) if share[rank]]
+                for rank in range(ranks)
+            ]
+            for phase, costs in zip(
+                phases, zip(*max(by_rank, key=lambda costs: sum(map(sum, costs))), strict=True), strict=True
+            ):
+                found[phase] += layers * sum(costs)
         found["report"] += layers * 2 * one_pass * HELD_OUT_SEQUENCES / shape.sequences
         if not shape.drift:
             del found["drift"]
@@ -155,7 +160,7 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
 
 
 def solve_seconds(d_out: int, d_in: int) -> tuple[float, float, float, float]:
-    """Of one stage: factorization, sweep, report, drift."""
+    """Of d_out rows of a stage: factorization, sweep, report, drift."""
     weights, product = d_out * d_in, d_out * d_in * d_in
     return (
         2 / 3 * d_in**3 / 42.8e12 + 1.07e-6 * d_in,
@@ -177,7 +182,8 @@ class Memory:
 
 
 def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = None, device_bytes: float = 141e9) -> Memory:
-    """Peaks of a rank, for a bfloat16 model; measured ones were within 20 %.  `device_bytes`: memory of the GPU."""
+    """Peaks of a rank, for a bfloat16 model; measured ones were within 18 %, but for two layers under
+    `deterministic`.  `device_bytes`: memory of the GPU."""
     d, tokens = shape.head[1], -(-shape.sequences // ranks) * shape.length
     layer, hidden = 2 * shape.layer_weights, 2 * tokens * d
     starts = -(-shape.layers // SEGMENT)
@@ -193,7 +199,7 @@ def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = N
     if shape.drift:
         hessians = 4 * (shape.inner + d) * shape.inner if shape.stagewise else hessians + 4 * drift_products(shape)
         layer, hidden = layer * 4 // 3, 3 * hidden  # and the original's: a layer beside three, what goes into it and comes out
-    collect = at_once * (20 * d + 16 * shape.inner)
+    collect = at_once * (8 * d + 10 * shape.inner)  # four tensors of the MLP, its input seen in the original
     solve = max(6 * 4 * d_in * d_in + 7 * 4 * d_out * d_in for d_out, d_in in shape.stages)
     quantize = 3 * layer + hessians + max(collect, solve)
     gpu = (0 if hidden_away else hidden) + max(weigh if shape.weigh else 0, quantize)

@@ -16,8 +16,10 @@ Which scales cannot win (so that the result equals the exhaustive search over th
   identity of GPTQ, M = (U_bbᵀ U_bb)⁻¹), so it is at least Δ_i² / (M⁻¹)_ii for each i (Cauchy-Schwarz in the norm of M).
   Clipping alone makes |Δ_i| ≥ |x_i| - 6 s.  Hence s < (|x_i| - √(L (M⁻¹)_ii)) / 6 for any i loses to a scale of known loss L.
   Where M is singular nothing is excluded.
-- Too large.  If |x_i| ≤ s / 4 for all i, every code is 0, and so it is for all larger scales: the smallest of them wins the
-  tie.  For `joint` the same holds of the path x takes inside the block when every code is 0, which does not depend on s.
+- Too large.  Where |x_i| ≤ s / 4 no value is nearer to x_i than 0, so |Δ_i| ≥ |x_i|, and with |x_i| > √(L (M⁻¹)_ii) for any such
+  i the scale loses, as do all larger ones.  If |x_i| ≤ s / 4 for all i, every code is 0, and so it is for all larger scales:
+  the smallest of them wins the tie.  For `joint` that holds of the path x takes inside the block when every code is 0, which
+  does not depend on s.
 - For `mse` alone: where |x_i| ≤ 3 s for all i, each value of the grid of s within reach is also one of the grid of s/2, so s/2
   is at least as good element by element.  (This does not carry over to a loss with off-diagonal terms.)
 """
@@ -183,8 +185,9 @@ def window(x: Tensor, objective: Objective, format: Format, values: Tensor) -> t
     elements, grid = format.elements, format.grid
     absmax = format.absmax(largest_magnitude(x))
     known = objective.loss(x, absmax.to(x.dtype), elements)
-    clipped = (x.abs() - (known[..., None] * objective.inverse_diagonal).sqrt()).amax(-1) / elements.saturation
-    zeroing = objective.reach(x) / elements.dead_zone
+    room = (known[..., None] * objective.inverse_diagonal).sqrt()
+    clipped = (x.abs() - room).amax(-1) / elements.saturation
+    zeroing = objective.reach(x).minimum(torch.where(x.abs() > room, x.abs(), torch.inf).amin(-1)) / elements.dead_zone
     if objective.halving:
         zeroing = torch.minimum(zeroing, (largest_magnitude(x) / elements.halving_range).clamp(grid.halves_from))
     start = torch.searchsorted(values, absmax)

@@ -19,8 +19,14 @@ from .tiny import TEXT, save_tiny
 
 ROWS = list(csv.DictReader((ROOT / "benchmarks" / "models.csv").open()))
 # With token weights and with drift; row feedback is not in the estimate.
-MEASURED = [row for row in ROWS if row["commit"] in ("9f16ffc", "816dc82") and row["row_feedback"] == "False"]
-NAMED = ("shape", "layers", "sequences", "gpus", "scales", "token_weights", "drift")
+# (Two GPUs with drift at 72251fa: before the rows of a stage were shared.)
+MEASURED = [
+    row
+    for row in ROWS
+    if row["commit"] in ("9f16ffc", "816dc82") or (row["commit"] == "72251fa" and row["gpus"] == "1")
+    if row["row_feedback"] == "False" and row["format"] == "nvfp4"
+]
+NAMED = ("commit", "shape", "layers", "sequences", "gpus", "scales", "token_weights", "drift")
 
 
 def shape(name, layers, sequences=128, length=2048, weighing="sampled", drift="none"):
@@ -36,8 +42,8 @@ def test_estimates_are_near_what_was_measured(row):
     total, gpus = float(row["seconds_total"]), int(row["gpus"])
     assert total / 1.3 < sum(seconds(found, gpus).values()) < total * 1.3
     assert floor_seconds(found) / gpus == pytest.approx(float(row["floor_seconds"]), abs=0.01)
-    # Partial sums of deterministic runs are not in the estimate; and at that commit, a stage after the other left garbage.
-    if row["deterministic"] == "False" and row["drift"] != "full":
+    # Partial sums of deterministic runs are not in the estimate; and at 816dc82, a stage after the other left garbage.
+    if row["deterministic"] == "False" and (row["commit"], row["drift"]) != ("816dc82", "full"):
         peak = memory(found, int(row["batch"]), ranks=gpus).gpu / 1e9
         assert peak == pytest.approx(float(row["peak_gpu_gb"]), rel=0.3)
 
