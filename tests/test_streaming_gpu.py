@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from ptq.activations import embed_all
+from ptq.activations import embed_all, propagate
 from ptq.collect import collect_hessians
 from ptq.config import QuantConfig
 from ptq.models.random import random_adapter
 from ptq.plan import make_plan
-from ptq.runner import propagate, quantize_model, stages_of
+from ptq.runner import quantize_model, stages_of
 from ptq.token_weights import descend, token_weights
 
 pytestmark = pytest.mark.gpu
@@ -36,12 +36,12 @@ def test_no_loop_over_batches_waits_for_the_device():
         stages = stages_of(adapter, prefix, layer, make_plan(adapter, QuantConfig()))
         weights = {next(iter(stage)): torch.rand(16, 128, device="cuda") for stage in stages}
         adapter.logits(hidden.load(slice(0, 1)))  # reads the head
-        propagate(adapter, layer, hidden)  # first calls may set libraries up
+        propagate(adapter, layer, hidden, "forward")  # first calls may set libraries up
         descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, None, 0, 0)
         torch.cuda.set_sync_debug_mode("error")
         try:
             collect_hessians(adapter, layer, stages, hidden, weights, hidden.groups)
-            propagate(adapter, layer, hidden)
+            propagate(adapter, layer, hidden, "forward")
             descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, None, 0, 0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
