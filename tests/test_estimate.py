@@ -23,7 +23,7 @@ ROWS = list(csv.DictReader((ROOT / "benchmarks" / "models.csv").open()))
 MEASURED = [
     row
     for row in ROWS
-    if row["commit"] in ("9f16ffc", "816dc82") or (row["commit"] == "72251fa" and row["gpus"] == "1")
+    if row["commit"] in ("9f16ffc", "816dc82", "9231550") or (row["commit"] == "72251fa" and row["gpus"] == "1")
     if row["row_feedback"] == "False" and row["format"] == "nvfp4"
 ]
 NAMED = ("commit", "shape", "layers", "sequences", "gpus", "scales", "token_weights", "drift")
