@@ -17,6 +17,8 @@ from ptq.token_weights import POSITIONS_AT_ONCE, SEGMENT
 
 BF16_RATE = 790e12
 """bfloat16 matmul, operations a second: measured, 8192³."""
+DISK_RATE = 1.3e9
+"""Bytes a second from the GPU to a file that is on the disk for good."""
 FP32_RATE = 66.8e12
 """float32 arithmetic: 132 multiprocessors × 128 lanes × 1.98 GHz × 2."""
 
@@ -26,6 +28,7 @@ class Shape:
     """What costs depend on.  `stages`: (d_out, d_in) of each stage to quantize in a layer, the linears together.
 
     `layer_weights`: of all linears.  `attention`: width of the attention output; `inner`: of the MLP.  `head`: (vocabulary, d).
+    `rows`: (d_out, d_in) of each linear of a layer, where errors are fed forward over rows too.
     """
 
     stages: tuple[tuple[int, int], ...]
@@ -41,6 +44,12 @@ class Shape:
     feedback: bool = True
     drift: bool = False
     stagewise: bool = True
+    rows: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def curvature(self) -> int:
+        """Elements of G of a layer's linears."""
+        return sum(d_out * d_out for d_out, _ in self.rows)
 
     @property
     def tokens(self) -> int:
@@ -50,7 +59,9 @@ class Shape:
 def shape_of(plan: Plan, adapter: Adapter, sequences: int, length: int, config: QuantConfig, weighing: str) -> Shape:
     """From the first layer; `adapter` is one of ptq.models."""
     name, layer = next(adapter.skeleton())
-    shapes = {key: tuple(module.weight.shape) for key, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    shapes = {
+        key: (module.out_features, module.in_features) for key, module in layer.named_modules() if isinstance(module, nn.Linear)
+    }
     stages = [[shapes[key] for key in stage if f"{name}.{key}" in plan.linears] for stage in adapter.stages]
     head = adapter.model.get_output_embeddings()  # type: ignore[attr-defined]
     return Shape(
@@ -67,6 +78,7 @@ def shape_of(plan: Plan, adapter: Adapter, sequences: int, length: int, config: 
         feedback=config.method == "gptq",
         drift=config.drift > 0,
         stagewise=config.stagewise,
+        rows=tuple(shapes[key] for stage in adapter.stages for key in stage) if config.row_feedback else (),
     )
 
 
@@ -80,6 +92,7 @@ def operations(shape: Shape) -> dict[str, float]:
     if shape.weigh:
         head = 2 * T * shape.head[0] * shape.head[1]
         counts["weigh"] = climbed * (linear + attention) + layers * (2 * linear + 3.5 * attention) + 2 * head
+        counts["weigh"] += layers * T * shape.curvature
     if shape.calibrate:
         counts["forward"] = (3 if shape.drift else 2) * layers * (linear + attention)
         counts["hessian"] = layers * sum(T * d_in * d_in for _, d_in in shape.stages)
@@ -109,6 +122,11 @@ def floor_seconds(shape: Shape) -> float:
     return sum(count / (FP32_RATE if name in FLOAT32_PHASES else BF16_RATE) for name, count in operations(shape).items())
 
 
+def disk_bytes(shape: Shape) -> int:
+    """What lies beside the unfinished checkpoint: G of every linear in bfloat16."""
+    return 2 * shape.layers * shape.curvature
+
+
 def graph_bytes(shape: Shape) -> float:
     """What autograd keeps of one token in one layer in bfloat16, counted with hooks on the saved tensors of a Llama layer; the
     traffic of its elementwise operations is proportional to it."""
@@ -130,6 +148,7 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
         climbed, head = (layers - 1) // SEGMENT * SEGMENT, 4 * T * shape.head[0] * shape.head[1]
         down = (2 * linear + 3.5 * attention) / 775e12 + 6.46e-12 * graph
         found["weigh"] = (climbed * one_pass + layers * down + head / 548e12 + 7.5e-12 * T * shape.head[0]) / ranks
+        found["weigh"] += layers * 1.25 * T * shape.curvature / 660e12 / ranks + disk_bytes(shape) / DISK_RATE
     if shape.calibrate:
         unneeded = 2 * T * shape.stages[-1][0] * shape.stages[-1][1] / 548e12  # the last product, when H is collected
         # with drift, the quantized model runs twice and the original once, and to the MLP twice each if stage by stage
@@ -153,6 +172,7 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
                 phases, zip(*max(by_rank, key=lambda costs: sum(map(sum, costs))), strict=True), strict=True
             ):
                 found[phase] += layers * sum(costs)
+        found["sweep"] += layers * sum(row_feedback_seconds(d_out, d_in) for d_out, d_in in shape.rows)
         found["report"] += layers * 2 * one_pass * HELD_OUT_SEQUENCES / shape.sequences
         if not shape.drift:
             del found["drift"]
@@ -168,6 +188,12 @@ def solve_seconds(d_out: int, d_in: int) -> tuple[float, float, float, float]:
         product / 361e12 + 0.93e-10 * weights,
         (d_in**3 / 3 + 3 * product) / 45e12 + 1.9e-6 * d_in,
     )
+
+
+def row_feedback_seconds(d_out: int, d_in: int) -> float:
+    """What sweeping a linear panel of rows after panel of rows takes more than at once: launches, and the factor of G."""
+    panels = -(-d_out // max(32, d_out // 48))
+    return 1.15e-6 * panels * d_in + 2 / 3 * d_out**3 / 42.8e12
 
 
 @dataclass(frozen=True)
@@ -194,7 +220,14 @@ def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = N
     part = min(SEGMENT, shape.layers)
     small = max(1, batch // max(1, part // 2)) * shape.length
     logits = POSITIONS_AT_ONCE * shape.head[0] * 18
-    weigh = (0 if kept_away else kept) + (part + 1) * layer + small * part * graph_bytes(shape) + logits + 2 * shape.head[0] * d
+    weigh = (
+        (0 if kept_away else kept)
+        + (part + 1) * layer
+        + 4 * part * shape.curvature
+        + small * part * graph_bytes(shape)
+        + logits
+        + 2 * shape.head[0] * d
+    )
     hessians = 4 * sum(d_in * d_in for _, d_in in shape.stages)
     if shape.drift:
         hessians = 4 * (shape.inner + d) * shape.inner if shape.stagewise else hessians + 4 * drift_products(shape)

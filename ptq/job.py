@@ -1,6 +1,6 @@
 """From an opened model to its finished layers: weigh the tokens, quantize, write; as far as an earlier run left it to be done."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,15 +77,20 @@ def weigh(
     unfinished: Unfinished,
     team: Team,
     progress: Callable[[str, str], None],
-) -> tuple[TokenWeights | None, dict[str, Tensor]]:
+) -> tuple[TokenWeights | None, Mapping[str, Tensor]]:
     """Token weights of this rank's sequences, and the curvature for row feedback; a later run finds them again."""
     if job.weighing == "none" or unfinished.finished == len(job.adapter.names):
         return None, {}
     kept = team.exchange(unfinished.load_weights() is not None)[0]
     if kept:
         whole = unfinished.load_weights() or {}
-        return {name: [weights[share].to(job.device)] for name, weights in whole.items()}, unfinished.load_curvature()
-    curvature: dict[str, Tensor] = {}
+        return {name: [weights[share].to(job.device)] for name, weights in whole.items()}, unfinished.curvature
+
+    def keep(name: str, G: Tensor) -> None:
+        team.sum(G)
+        if team.rank == 0:
+            unfinished.curvature.keep(name, G)
+
     weights = token_weights(
         job.adapter,
         batches,
@@ -93,13 +98,11 @@ def weigh(
         first=share.start,
         on_host=job.on_host,
         groups=team.local_groups(len(job.calibration)),
-        curvature=curvature if job.config.row_feedback else None,
+        curvature=keep if job.config.row_feedback else None,
         progress=lambda name: progress("weigh", name),
     )
     collected = {name: [team.collect(torch.cat(parts), len(job.calibration))] for name, parts in weights.items()}
-    for name, G in curvature.items() if team.size > 1 else ():
-        curvature[name] = team.sum(G.to(job.device)).cpu()
     if team.rank == 0:
-        unfinished.save_curvature(curvature)
         unfinished.save_weights(collected)
-    return weights, curvature
+    team.exchange(None)
+    return weights, unfinished.curvature

@@ -9,7 +9,7 @@ import torch
 from ptq.activations import default_batch
 from ptq.adapter import Adapter
 from ptq.config import QuantConfig
-from ptq.estimate import Memory, Shape, memory, seconds, shape_of
+from ptq.estimate import Memory, Shape, disk_bytes, memory, seconds, shape_of
 from ptq.export import existing_parent
 from ptq.formats import Format
 from ptq.plan import Plan, examine
@@ -17,8 +17,7 @@ from ptq.plan import Plan, examine
 
 @dataclass(frozen=True)
 class Preview:
-    """`output`: bytes of the checkpoint; `free`: of the disk it goes to.  `ranks`: processes, one a GPU.
-    `more_work`: whether more is to be done than the estimates cover."""
+    """`output`: bytes of the checkpoint; `free`: of the disk it goes to.  `ranks`: processes, one a GPU."""
 
     plan: Plan
     problems: tuple[str, ...]
@@ -31,13 +30,13 @@ class Preview:
     seconds: dict[str, float]
     ranks: int
     batch: int
-    more_work: bool
 
     def all_problems(self) -> list[str]:
         """Everything that will not work, and what will work badly."""
         found = list(self.problems)
-        if self.free < 1.05 * self.output:
-            found.append(f"the checkpoint needs about {gb(self.output)} and the disk has {gb(self.free)} free")
+        needed = self.output + disk_bytes(self.shape)
+        if self.free < 1.05 * needed:
+            found.append(f"the work needs about {gb(needed)} and the disk has {gb(self.free)} free")
         starved = sorted({d_in for _, d_in in self.shape.stages if d_in > self.shape.tokens})
         if self.shape.calibrate and starved:
             found.append(
@@ -67,8 +66,8 @@ class Preview:
             f"about {sum(self.seconds.values()):.0f} s on H200s, reading the weights from the disk aside: "
             + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()),
         ]
-        if self.more_work:
-            lines.append("what --row-feedback adds to time and memory is not estimated")
+        if shape.rows:
+            lines.append(f"on the disk, until the checkpoint is finished, {gb(disk_bytes(shape))} for row feedback")
         problems = self.all_problems()
         return "\n".join(
             lines + (["nothing that cannot work was found"] if not problems else [f"problem: {p}" for p in problems])
@@ -110,5 +109,4 @@ def make_preview(
         seconds=seconds(shape, ranks),
         ranks=ranks,
         batch=batch,
-        more_work=config.row_feedback,
     )

@@ -25,6 +25,7 @@ from ptq.hessian import add_full
 from ptq.watch import watch_linears
 
 TokenWeights = dict[str, list[Tensor]]
+KeepCurvature = Callable[[str, Tensor], object]
 SEGMENT = 8
 POSITIONS_AT_ONCE = 1024
 
@@ -38,7 +39,7 @@ def token_weights(
     segment: int = SEGMENT,
     on_host: bool | None = None,
     groups: Sequence[slice] | None = None,
-    curvature: dict[str, Tensor] | None = None,
+    curvature: KeepCurvature | None = None,
     progress: Callable[[str], object] = lambda layer: None,
 ) -> TokenWeights:
     """For the first linear of each stage, by full name: one tensor (n, length) float32 per batch, not normalised.
@@ -46,8 +47,8 @@ def token_weights(
     The loss is the sum of next-token negative log likelihoods: of the text itself, or with `seed` of labels sampled from the
     model's own predictions, which makes the weights the Fisher information of its outputs.  `first`: the number of the first
     sequence, by which labels are drawn.  `segment`: layers whose graph is kept at once, for two `segment`-ths of a batch;
-    `groups`: sequences that no batch mixes.  `curvature`: gets G (d_out, d_out) float32 of every linear, by full name, on the CPU.
-    `progress` is called with each layer's name on the way down.
+    `groups`: sequences that no batch mixes.  `curvature` is called with the full name of every linear and its G (d_out, d_out)
+    float32, on the device; `progress` with each layer's name on the way down.
     """
     tokens = torch.cat(list(batches))
     with phase("weigh"), torch.no_grad():
@@ -88,12 +89,12 @@ def descend(
     hidden: Activations,
     tokens: Tensor | None,
     weights: dict[str, Tensor],
-    curvature: dict[str, Tensor] | None,
+    curvature: KeepCurvature | None,
     seed: int | None,
     first: int,
 ) -> None:
-    """Overwrites `hidden`, which holds ∂L/∂(output of the segment), with ∂L/∂(its input), and fills in the segment's `weights`
-    and `curvature`.
+    """Overwrites `hidden`, which holds ∂L/∂(output of the segment), with ∂L/∂(its input), fills in the segment's `weights` and
+    gives away its `curvature`.
 
     With `tokens` the segment is the last, and the gradient of its output is that of the loss.
     """
@@ -135,7 +136,13 @@ def descend(
 
     each_batch(hidden, "weigh", work, divisor=max(1, len(part) // 2))
     if curvature is not None:
-        curvature.update({names[linear][0]: total.cpu() for linear, total in G.items()})
+        for linear, (name, _) in names.items():
+            curvature(name, G.pop(linear))
+
+
+def to_keep(G: Tensor) -> Tensor:
+    """G as it is kept until its linear is solved: in bfloat16, whose rounding is far below GPTQ's damping of G, on the CPU."""
+    return G.bfloat16().cpu()
 
 
 def square(size: int, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
 """A checkpoint in the making: what is finished is on the disk for good, and a later run goes on from there.
 
-`<output>.unfinished/` holds fingerprint.json (what the work depends on), token_weights.safetensors, curvature.safetensors (for row
-feedback), layers/<n>.json (the records of a finished layer, written after its tensors) and checkpoint/, which becomes the output
-at the end.  A file has its name only once its content is on the disk.
+`<output>.unfinished/` holds fingerprint.json (what the work depends on), token_weights.safetensors, curvature/ (for row feedback),
+layers/<n>.json (the records of a finished layer, written after its tensors) and checkpoint/, which becomes the output at the end.
+A file has its name only once its content is on the disk.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ from ptq.export import check_layer, layer_tensors, restore_layer, save_tensors, 
 from ptq.formats import Format
 from ptq.runner import LayerResult
 from ptq.stage import Record
-from ptq.token_weights import TokenWeights
+from ptq.token_weights import TokenWeights, to_keep
 
 
 def code_version() -> str:
@@ -72,6 +72,7 @@ class Unfinished:
         self.output, self.layers = output, layers
         self.folder = unfinished_folder(output)
         self.checkpoint = self.folder / "checkpoint"
+        self.curvature = Curvature(self.folder / "curvature")
         self._lock: int | None = None
         if team.rank == 0:
             try:
@@ -129,19 +130,10 @@ class Unfinished:
         return [Record(**record | {"shape": tuple(record["shape"])}) for records in read for record in records]
 
     def save_weights(self, weights: TokenWeights) -> None:
-        """Token weights of all sequences."""
+        """Token weights of all sequences, once the curvature is there: by them a later run knows of both."""
         save_tensors(
             self.folder / "token_weights.safetensors", {name: torch.cat(parts).cpu() for name, parts in weights.items()}
         )
-
-    def save_curvature(self, curvature: Mapping[str, Tensor]) -> None:
-        """Before the weights, by which a later run knows that both are there."""
-        if curvature:
-            save_tensors(self.folder / "curvature.safetensors", curvature)
-
-    def load_curvature(self) -> dict[str, Tensor]:
-        path = self.folder / "curvature.safetensors"
-        return load_file(path) if path.is_file() else {}
 
     def load_weights(self) -> dict[str, Tensor] | None:
         """By name, (sequences, length); None where they were not finished."""
@@ -170,6 +162,26 @@ class Unfinished:
             writer = LayerWriter(self, pool, format)
             yield writer
             writer.wait()
+
+
+class Curvature(Mapping[str, Tensor]):
+    """G of each linear by full name, a file each, read when it is asked for: a model's may be more than its weights."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def keep(self, name: str, G: Tensor) -> None:
+        self._folder.mkdir(exist_ok=True)
+        save_tensors(self._folder / f"{name}.safetensors", {"G": to_keep(G)})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return load_file(self._folder / f"{name}.safetensors")["G"]
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in sorted(self._folder.glob("*.safetensors")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class LayerWriter:

@@ -28,7 +28,7 @@ from ptq.plan import with_block
 from ptq.runner import quantize_model
 from ptq.scales import RULES
 from ptq.stage import Record
-from ptq.token_weights import TokenWeights, token_weights
+from ptq.token_weights import TokenWeights, to_keep, token_weights
 
 FIELDS = (
     "model format method scales frozen token_weights drift row_feedback effort damp ridge sequences length calibration seed "
@@ -74,13 +74,13 @@ def weights_of(
     model: transformers.PreTrainedModel, batches: tuple[Tensor, ...], seed: int, cases: list[dict]
 ) -> tuple[dict[str, TokenWeights | None], dict[str, Tensor]]:
     """Token weights by name, of those the cases want, each but `none` a backward pass; and the curvature if one wants it."""
-    adapter, curvature = LlamaAdapter(model), {}
+    adapter = LlamaAdapter(model)
+    curvature: dict[str, Tensor] = {}
     weights: dict[str, TokenWeights | None] = {"none": None}
     for name in {case["token_weights"] for case in cases} - {"none"}:
         rows = any(case["row_feedback"] and case["token_weights"] == name for case in cases)
-        weights[name] = token_weights(
-            adapter, batches, seed=seed if name == "sampled" else None, curvature=curvature if rows else None
-        )
+        keep = (lambda linear, G: curvature.update({linear: to_keep(G)})) if rows else None
+        weights[name] = token_weights(adapter, batches, seed=seed if name == "sampled" else None, curvature=keep)
     return weights, curvature
 
 

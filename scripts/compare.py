@@ -40,7 +40,7 @@ from ptq.models.loading import check_fit, quiet
 from ptq.plan import make_plan, with_block
 from ptq.runner import quantize_model
 from ptq.shared_hessians import quantize_from, store_hessians
-from ptq.token_weights import TokenWeights, token_weights
+from ptq.token_weights import TokenWeights, to_keep, token_weights
 
 CASES = ["rtn-absmax-none", "rtn-local-none", "gptq-absmax-none", "gptq-mse-none", "gptq-local-none", "default"]
 TOKENS_AT_ONCE = 4096
@@ -215,11 +215,11 @@ def calibrate(loaded: Loaded, documents: list[str], cases: Mapping[str, Case], a
     batches = tokens.split(max(1, TOKENS_AT_ONCE // args.length))
     adapter = LlamaAdapter(loaded.model)
     seeds = {"text": None, "sampled": args.seed}
-    curvatures = {case.weighing: {} for case in cases.values() if case.config.row_feedback}
-    weighings = {
-        name: None if name == "none" else token_weights(adapter, batches, seed=seeds[name], curvature=curvatures.get(name))
-        for name in wanted
-    }
+    curvatures: dict[str, dict[str, Tensor]] = {case.weighing: {} for case in cases.values() if case.config.row_feedback}
+    weighings: dict[str, TokenWeights | None] = {"none": None}
+    for name in set(wanted) - {"none"}:
+        keep = (lambda linear, G, kept=curvatures[name]: kept.update({linear: to_keep(G)})) if name in curvatures else None
+        weighings[name] = token_weights(adapter, batches, seed=seeds[name], curvature=keep)
     if to_store:
         noted.parent.mkdir(parents=True, exist_ok=True)
         noted.unlink(missing_ok=True)

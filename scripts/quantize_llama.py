@@ -33,6 +33,7 @@ from ptq.activations import default_batch
 from ptq.calibration import HELD_OUT_SEQUENCES, all_windows, read_documents, sample_windows
 from ptq.config import DRIFTS, EFFORTS, WEIGHTS, QuantConfig, make_config
 from ptq.distributed import joined, local_device
+from ptq.estimate import disk_bytes, shape_of
 from ptq.eval.perplexity import Score, evaluate
 from ptq.export import DTYPE, ReadBackError, check_output, layers_that_fit, save_text, verify, write_rest
 from ptq.formats import FORMATS, get_format
@@ -142,7 +143,8 @@ def run(args: argparse.Namespace) -> dict | str | None:
             for part, value in about.items():
                 team.check_same("calibration set" if part == "calibration" else part, value)
             if team.rank == 0 and not unfinished_folder(output).exists():
-                check_output(output, int(1.05 * size) + 2**24)
+                work = shape_of(job.plan, job.adapter, len(job.calibration), args.length, job.config, job.weighing)
+                check_output(output, int(1.05 * (size + disk_bytes(work))) + 2**24)
             unfinished = Unfinished(output, about, len(job.adapter.names), resume=args.resume, team=team)
             at_the_end.callback(unfinished.close)
             with bars(job, hidden=team.rank > 0) as progress:

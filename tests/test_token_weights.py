@@ -74,7 +74,7 @@ def test_curvature_is_the_sum_of_outer_products_of_the_gradients():
     model = tiny_model()
     batches = TOKENS.split(2)
     curvature: dict[str, torch.Tensor] = {}
-    token_weights(LlamaAdapter(model), batches, segment=1, curvature=curvature)
+    token_weights(LlamaAdapter(model), batches, segment=1, curvature=curvature.__setitem__)
     name = "model.layers.0.self_attn.k_proj"
     expected = torch.zeros(32, 32)
     for batch in batches:
