@@ -17,7 +17,7 @@ from ptq.token_weights import POSITIONS_AT_ONCE, SEGMENT
 
 BF16_RATE = 790e12
 """bfloat16 matmul, operations a second: measured, 8192³."""
-DISK_RATE = 1.3e9
+DISK_RATE = 0.73e9
 """Bytes a second from the GPU to a file that is on the disk for good."""
 FP32_RATE = 66.8e12
 """float32 arithmetic: 132 multiprocessors × 128 lanes × 1.98 GHz × 2."""
