@@ -72,16 +72,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def weights_of(
     model: transformers.PreTrainedModel, batches: tuple[Tensor, ...], seed: int, cases: list[dict]
-) -> tuple[dict[str, TokenWeights | None], dict[str, Tensor]]:
-    """Token weights by name, of those the cases want, each but `none` a backward pass; and the curvature if one wants it."""
+) -> tuple[dict[str, TokenWeights | None], dict[str, dict[str, Tensor]]]:
+    """By name, token weights and curvature of what the cases want, each but `none` a backward pass."""
     adapter = LlamaAdapter(model)
-    curvature: dict[str, Tensor] = {}
+    curvatures: dict[str, dict[str, Tensor]] = {}
     weights: dict[str, TokenWeights | None] = {"none": None}
     for name in {case["token_weights"] for case in cases} - {"none"}:
         rows = any(case["row_feedback"] and case["token_weights"] == name for case in cases)
-        keep = (lambda linear, G: curvature.update({linear: to_keep(G)})) if rows else None
+        found = curvatures.setdefault(name, {})
+        keep = (lambda linear, G, found=found: found.update({linear: to_keep(G)})) if rows else None
         weights[name] = token_weights(adapter, batches, seed=seed if name == "sampled" else None, curvature=keep)
-    return weights, curvature
+    return weights, curvatures
 
 
 def runs_of(args: argparse.Namespace) -> list[tuple[dict, QuantConfig]]:
@@ -114,7 +115,7 @@ def measure(
     for seed in args.seeds:
         drawn = sample_windows(calibration, args.sequences, seed, args.calibration[0], held_out=HELD_OUT_SEQUENCES)
         batches, held_out = drawn[: args.sequences].to(args.device).split(16), drawn[args.sequences :]
-        weights, curvature = weights_of(model, batches, seed, [settings for settings, _ in runs])
+        weights, curvatures = weights_of(model, batches, seed, [settings for settings, _ in runs])
         for settings, config in runs:
             begin = time.perf_counter()
             quantized = copy.deepcopy(model)
@@ -123,7 +124,7 @@ def measure(
                 batches,
                 config,
                 weights[settings["token_weights"]],
-                curvature,
+                curvatures.get(settings["token_weights"]),
                 held_out.to(args.device),
             )
             records = [record for record, _ in results]
