@@ -17,12 +17,14 @@ from torch import Tensor
 from ptq.formats import BF16, INT4, Format
 from ptq.kernels.rounding import quotient
 from ptq.kernels.search import MARGIN
-from ptq.scales import inverse_diagonal, or_identity
+from ptq.scales import inverse_diagonal, or_identity, schur_complements
 
 # Elements of a tile: 32 registers of a warp.
 TILE = 1024
 # 1.5 · 2²³: adding and taking it away rounds to an integer, ties to even.
 SHIFT = tl.constexpr(1.5 * 2.0**23)
+# Codes of the smallest and the largest normal bfloat16.
+FIRST, LAST = tl.constexpr(0x80), tl.constexpr(0x7F7F)
 
 
 @triton.jit
@@ -37,6 +39,12 @@ def nearest_code(x):
     """The bits (int32) of positive x rounded to bfloat16, ties to even."""
     bits = x.to(tl.int32, bitcast=True)
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+
+
+@triton.jit
+def absmax_code(amax):
+    """The code of the absmax scale, as ptq.formats.nearest_bf16."""
+    return tl.maximum(nearest_code(tl.div_rn(amax, 7.5)), FIRST)
 
 
 @triton.jit
@@ -100,11 +108,9 @@ def choose_code(
     x, k, v_ptr, d_ptr, m_ptr, c_ptr, K: tl.constexpr, LINES: tl.constexpr, STRIDE: tl.constexpr, RULE: tl.constexpr
 ):
     """The code (0-d) of smallest loss for the one row x (1, K)."""
-    FIRST: tl.constexpr = 0x80
-    LAST: tl.constexpr = 0x7F7F
     magnitudes = tl.abs(x)
     amax = tl.max(tl.max(magnitudes, axis=1), axis=0)
-    start = tl.maximum(nearest_code(tl.div_rn(amax, 7.5)), FIRST)
+    start = absmax_code(amax)
     lane = tl.arange(0, LINES)[:, None] * STRIDE
     best = tl.full([LINES, 1], float("inf"), tl.float32)
     best_code = start + tl.zeros([LINES, 1], tl.int32)
@@ -148,7 +154,7 @@ def block_kernel(
     k = tl.arange(0, K)[None, :]
     x = tl.load(x_ptr + row * x_stride + k)
     if RULE == "absmax":
-        code = tl.maximum(nearest_code(tl.div_rn(tl.max(tl.max(tl.abs(x), axis=1), axis=0), 7.5)), 0x80)
+        code = absmax_code(tl.max(tl.max(tl.abs(x), axis=1), axis=0))
     else:
         code = choose_code(x, k, v_ptr, d_ptr, m_ptr, c_ptr, K, LINES, STRIDE, RULE)
     s = decode(code + tl.zeros([LINES, 1], tl.int32))
@@ -170,9 +176,7 @@ def block_factors(H_blocks: Tensor, U_blocks: Tensor, rule: str) -> tuple[Tensor
     if rule == "local":
         M = or_identity(H_blocks)
     if rule == "schur":
-        identity = torch.eye(U_blocks.shape[-1], dtype=U_blocks.dtype, device=U_blocks.device)
-        inverse = torch.linalg.solve_triangular(U_blocks, identity, upper=True)
-        M = inverse @ inverse.mT
+        M = schur_complements(U_blocks)
     c = torch.ones_like(diagonal)
     if rule in ("schur", "joint"):
         c = U_blocks.square().sum(-2).sqrt()

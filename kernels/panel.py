@@ -9,7 +9,6 @@ Scales are tried in chunks upwards, from a few below the smallest that clips not
 ptq.scales say that no other can beat the best loss so far.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from ptq.formats import E4M3, Format
 from ptq.kernels.rounding import absmax_scale, decode_scale, quantize_e2m1, scale_above
 from ptq.kernels.search import MARGIN, load_all, prepare, quadratic_form, sum_of_squares
+from ptq.scales import schur_complements
 
 # Rows × candidates: one thread each, and at 4096 rows the grid fills the chip once.
 ROWS_PER_PROGRAM, CANDIDATES = 16, 8
@@ -254,9 +254,7 @@ def block_factors(H_blocks: Tensor, U_blocks: Tensor, rule: str) -> tuple[Tensor
     if rule == "local":
         G, _, c = prepare(H_blocks)
     elif rule == "schur":
-        identity = torch.eye(U_blocks.shape[-1], dtype=torch.float64, device=U_blocks.device)
-        inverse = torch.linalg.solve_triangular(U_blocks.double(), identity, upper=True)
-        G, _, c = prepare(inverse @ inverse.mT)
+        G, _, c = prepare(schur_complements(U_blocks.double()))
     else:
         G = c = U_blocks.square().sum(-2).sqrt()
     return G, c

@@ -10,7 +10,7 @@ from ptq.kernels import int4
 from ptq.kernels import panel as e2m1
 from ptq.kernels.matmul import subtract_product
 from ptq.linalg import block_diagonal
-from ptq.scales import RULES
+from ptq.scales import check_rule
 
 
 def sweep(
@@ -22,8 +22,7 @@ def sweep(
     at once to the columns of its group of `outer`, and to those after the group in one matmul when the group is done: the same
     sums, with fewer passes over x.  The panels of INT4 are single blocks.  Raises ValueError for an unknown rule or another dtype.
     """
-    if rule not in RULES:
-        raise ValueError(f"unknown scale rule {rule!r}; there are {', '.join(RULES)}")
+    check_rule(rule, A, U)
     if x.dtype != torch.float32:
         raise ValueError(f"the GPTQ kernels are for float32, not {x.dtype}")
     (rows, n), k = x.shape, format.block

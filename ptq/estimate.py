@@ -12,6 +12,7 @@ from ptq.adapter import Adapter
 from ptq.calibration import HELD_OUT_SEQUENCES
 from ptq.config import QuantConfig
 from ptq.distributed import Team, share_rows
+from ptq.methods.gptq import rows_at_once
 from ptq.plan import Plan
 from ptq.token_weights import POSITIONS_AT_ONCE, SEGMENT
 
@@ -192,7 +193,7 @@ def solve_seconds(d_out: int, d_in: int) -> tuple[float, float, float, float]:
 
 def row_feedback_seconds(d_out: int, d_in: int) -> float:
     """What sweeping a linear panel of rows after panel of rows takes more than at once: launches, and the factor of G."""
-    panels = -(-d_out // max(32, d_out // 48))
+    panels = -(-d_out // rows_at_once(d_out))
     return 1.15e-6 * panels * d_in + 2 / 3 * d_out**3 / 42.8e12
 
 
@@ -230,16 +231,17 @@ def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = N
         + logits
         + 2 * shape.head[0] * d
     )
-    hessians, squares, slabs, solvers = 4 * sum(d_in * d_in for _, d_in in shape.stages), 6, 7, 1
-    if shape.drift:
-        hessians += 4 * drift_products(shape)
-        layer, hidden = layer * 4 // 3, 3 * hidden  # and the original's: a layer beside three, what goes into it and comes out
+    if shape.drift:  # and the original's: a layer beside three, what goes into it and comes out
+        layer, hidden, on_gpu = layer * 4 // 3, 3 * hidden, 3 * on_gpu
     if shape.drift and shape.stagewise:  # one stage is there at a time, and each rank has its rows
         hessians, squares, slabs = 4 * (shape.inner + d) * shape.inner, 5, 4
         solvers = 1 if shape.rows else ranks
+    else:
+        hessians, squares, slabs, solvers = 4 * sum(d_in * d_in for _, d_in in shape.stages), 6, 7, 1
+        hessians += 4 * drift_products(shape) if shape.drift else 0
     collect = at_once * (8 * d + 10 * shape.inner)  # four tensors of the MLP, its input seen in the original
     solve = max(4 * (squares * d_in + slabs * d_out / solvers) * d_in for d_out, d_in in shape.stages)
-    quantize = (0 if hidden_away else hidden) + 3 * layer + hessians + max(collect, solve)
+    quantize = on_gpu + 3 * layer + hessians + max(collect, solve)
     gpu = max(weigh if shape.weigh else 0, quantize)
     host = 2.3e9 + 2 * layer + (hidden if hidden_away else 0) + (kept if kept_away else 0)
     return Memory(hidden, kept, kept_away, int(gpu), int(host))

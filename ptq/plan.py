@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ptq.adapter import Adapter
 from ptq.config import QuantConfig
-from ptq.formats import Format
+from ptq.formats import Format, get_format
 
 BLOCKS = (32, 64, 128, 256)
 
@@ -110,6 +110,12 @@ def block_problems(linears: dict[str, tuple[int, int]], format: Format) -> list[
 def free_block(format: Format) -> bool:
     """Whether checkpoints of the format may have blocks of another size: the float formats fix theirs."""
     return format.scheme == "pack-quantized"
+
+
+def named_format(name: str, block: int | None) -> Format:
+    """The format of that name, with `block` where it is free.  Raises ValueError as `get_format` and `with_block` do."""
+    format = get_format(name)
+    return with_block(format, block if free_block(format) else None)
 
 
 def with_block(format: Format, block: int | None) -> Format:

@@ -82,8 +82,13 @@ def mse(x: Tensor) -> Objective:
 
 def schur(U: Tensor) -> Objective:
     """‖r U_bb⁻¹‖², with U (b, k, k) the diagonal blocks of GPTQ's upper factor."""
+    return quadratic(schur_complements(U))
+
+
+def schur_complements(U: Tensor) -> Tensor:
+    """(UᵀU)⁻¹ of each block of U (b, k, k): H_bb once the columns after the block have been re-optimised."""
     inverse = torch.linalg.solve_triangular(U, torch.eye(U.shape[-1], dtype=U.dtype, device=U.device), upper=True)
-    return quadratic(inverse @ inverse.mT)
+    return inverse @ inverse.mT
 
 
 def joint(U: Tensor) -> Objective:

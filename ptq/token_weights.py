@@ -145,6 +145,11 @@ def to_keep(G: Tensor) -> Tensor:
     return G.bfloat16().cpu()
 
 
+def keep_in(found: dict[str, Tensor]) -> KeepCurvature:
+    """Keeps G of every linear in `found`, by full name."""
+    return lambda name, G: found.update({name: to_keep(G)})
+
+
 def square(size: int, device: torch.device) -> Tensor:
     return torch.zeros(size, size, device=device)
 

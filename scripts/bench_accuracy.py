@@ -21,14 +21,14 @@ from torch import Tensor
 from ptq.calibration import HELD_OUT_SEQUENCES, all_windows, read_documents, sample_windows
 from ptq.config import QuantConfig, make_config, settings_of
 from ptq.eval.perplexity import Score, evaluate
-from ptq.formats import FORMATS, get_format
+from ptq.formats import FORMATS
 from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import load_model
-from ptq.plan import with_block
+from ptq.plan import named_format
 from ptq.runner import quantize_model
 from ptq.scales import RULES
 from ptq.stage import Record
-from ptq.token_weights import TokenWeights, to_keep, token_weights
+from ptq.token_weights import TokenWeights, keep_in, token_weights
 
 FIELDS = (
     "model format method scales frozen token_weights drift row_feedback effort damp ridge sequences length calibration seed "
@@ -79,8 +79,7 @@ def weights_of(
     weights: dict[str, TokenWeights | None] = {"none": None}
     for name in {case["token_weights"] for case in cases} - {"none"}:
         rows = any(case["row_feedback"] and case["token_weights"] == name for case in cases)
-        found = curvatures.setdefault(name, {})
-        keep = (lambda linear, G, found=found: found.update({linear: to_keep(G)})) if rows else None
+        keep = keep_in(curvatures.setdefault(name, {})) if rows else None
         weights[name] = token_weights(adapter, batches, seed=seed if name == "sampled" else None, curvature=keep)
     return weights, curvatures
 
@@ -89,7 +88,7 @@ def runs_of(args: argparse.Namespace) -> list[tuple[dict, QuantConfig]]:
     """(the row's settings, what to do) of every run of one seed.  Raises ValueError for a case that there is not."""
     runs = []
     for name in args.formats:
-        format = with_block(get_format(name), args.block if name == "int4" else None)
+        format = named_format(name, args.block)
         label = name if name != "int4" else f"{name}_g{format.block}"
         for case in map(settings_of, args.cases):
             for damp in args.damp if case["method"] == "gptq" else args.damp[:1]:

@@ -34,13 +34,13 @@ from ptq.eval.logits import run as run_model
 from ptq.eval.report import markdown, page
 from ptq.eval.results import stamp, surroundings, write
 from ptq.eval.text import First, Text, measure_text, tokenize
-from ptq.formats import FORMATS, get_format
+from ptq.formats import FORMATS
 from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import check_fit, quiet
-from ptq.plan import make_plan, with_block
+from ptq.plan import make_plan, named_format
 from ptq.runner import quantize_model
 from ptq.shared_hessians import quantize_from, store_hessians
-from ptq.token_weights import TokenWeights, to_keep, token_weights
+from ptq.token_weights import TokenWeights, keep_in, token_weights
 
 CASES = ["rtn-absmax-none", "rtn-local-none", "gptq-absmax-none", "gptq-mse-none", "gptq-local-none", "default"]
 TOKENS_AT_ONCE = 4096
@@ -106,7 +106,7 @@ def cases_of(args: argparse.Namespace) -> dict[str, Case]:
 def parse_case(name: str, case: str, args: argparse.Namespace) -> Case:
     """A case (ptq.config.settings_of) in the format `name`."""
     chosen = settings_of(case)
-    config = make_config(with_block(get_format(name), args.block if name == "int4" else None), chosen, args.damp)
+    config = make_config(named_format(name, args.block), chosen, args.damp)
     return Case(config, chosen["token_weights"], args.sequential or config.drift > 0 or config.row_feedback)
 
 
@@ -218,7 +218,7 @@ def calibrate(loaded: Loaded, documents: list[str], cases: Mapping[str, Case], a
     curvatures: dict[str, dict[str, Tensor]] = {case.weighing: {} for case in cases.values() if case.config.row_feedback}
     weighings: dict[str, TokenWeights | None] = {"none": None}
     for name in set(wanted) - {"none"}:
-        keep = (lambda linear, G, kept=curvatures[name]: kept.update({linear: to_keep(G)})) if name in curvatures else None
+        keep = keep_in(curvatures[name]) if name in curvatures else None
         weighings[name] = token_weights(adapter, batches, seed=seeds[name], curvature=keep)
     if to_store:
         noted.parent.mkdir(parents=True, exist_ok=True)

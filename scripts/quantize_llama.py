@@ -89,8 +89,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text.add_argument(
         "--length", type=int, default=1024, metavar="N", help="tokens a sequence or window (default: %(default)s)"
     )
-    help = "more sequences, to measure every linear on (default: %(default)s)"
-    text.add_argument("--held-out", type=int, default=HELD_OUT_SEQUENCES, metavar="N", help=help)
+    about = "more sequences, to measure every linear on (default: %(default)s)"
+    text.add_argument("--held-out", type=int, default=HELD_OUT_SEQUENCES, metavar="N", help=about)
     text.add_argument("--seed", type=int, default=0, help="which sequences are drawn (default: %(default)s)")
     result = parser.add_argument_group("result")
     result.add_argument("--output", type=Path, metavar="DIR", help="write a checkpoint there; it must not exist")

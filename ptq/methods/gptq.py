@@ -55,8 +55,8 @@ def gptq(
 
     H (d_in, d_in): mean of x xᵀ.  `damp` is relative to mean(diag H).  `panel`: columns between two large matmuls, a multiple of
     the block; it changes the speed and, up to rounding, nothing else.  G (d_out, d_out): mean of g gᵀ over tokens, g being the
-    gradient of the loss at the outputs; rows are then visited by descending G_ii, `row_panel` at a time (32, or
-    a 48th of them where that is more: docs/log.md).  `frozen`: scales are those of W, chosen before any error is fed forward, as
+    gradient of the loss at the outputs; rows are then visited by descending G_ii, `row_panel` at a time
+    (without: `rows_at_once`).  `frozen`: scales are those of W, chosen before any error is fed forward, as
     other systems have it; for comparison, and in plain torch everywhere.  Computes in float64 if W is, else in float32.  Raises
     NotPositiveDefiniteError where H + damp or G + damp has no Cholesky factor.
     """
@@ -71,7 +71,7 @@ def gptq(
     run = partial(sweep, frozen=True) if frozen else run
     columns = max(format.block, panel // format.block * format.block)
     sweep_rows = partial(run, A=A, U=U, format=format, rule=rule, panel=columns)
-    q, scales, row_loss = sweep_rows(x) if G is None else sweep_row_panels(x, G, sweep_rows, row_panel or max(32, len(x) // 48))
+    q, scales, row_loss = sweep_rows(x) if G is None else sweep_row_panels(x, G, sweep_rows, row_panel or rows_at_once(len(x)))
 
     undo = order.argsort()
     blocks = rearrange(undo, "(b k) -> b k", k=format.block)[:, 0] // format.block
@@ -80,6 +80,11 @@ def gptq(
     delta = x * tensor_scale - quantized.dequantize()[:, order].to(W.dtype)
     measured = ((delta @ A) * delta).sum(1, dtype=torch.float64)
     return Solution(quantized, row_loss * tensor_scale.double() ** 2, measured)
+
+
+def rows_at_once(rows: int) -> int:
+    """32, or a 48th of the rows where that is more (docs/log.md has what it costs)."""
+    return max(32, rows // 48)
 
 
 def sweep_row_panels(
