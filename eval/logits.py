@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ptq.watch import watch_linears
+from ptq.calibrate.hooks import watch_linears
 
 Logits = Callable[[int, Tensor], Tensor]
 """(index of the window, its token ids (n,)) -> logits (n - 1, vocabulary) of all but its first token."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptq.calibration import read_text
+from ptq.data.text import read_text
 
 SPLITS = ("train", "validation", "test")
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ptq.calibration import join_windows
+from ptq.data.text import join_windows
 from ptq.eval.checkpoint import Loaded
 from ptq.eval.logits import Logits
 from ptq.eval.paired import Item, ratio_stderr

@@ -4,7 +4,7 @@ What differs: the searches are exact (over all 126 E4M3 scales; over every E8M0 
 mantissa as the format demands, blocks of zeros give values 0 instead of NaN, and there is `mxfp4_optimal_hessian_triton`.
 
 Source: qwantize 0.1.1, whose signatures these are.  Without `tensor_scale` the scales carry the weights' whole magnitude, as
-there; small weights then fall into E4M3's subnormal scales, so pass ptq.formats.choose_tensor_scale's for NVFP4.
+there; small weights then fall into E4M3's subnormal scales, so pass ptq.core.formats.choose_tensor_scale's for NVFP4.
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ptq.formats import MXFP4, NVFP4, Format
+from ptq.core.formats import MXFP4, NVFP4, Format
 from ptq.kernels.hessian import block_hessian
 from ptq.kernels.quantize import quantize_blocks
 from ptq.kernels.search import prepare, search_scales

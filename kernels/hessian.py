@@ -1,4 +1,4 @@
-"""Hessians on the GPU.  The references are in ptq.hessian."""
+"""Hessians on the GPU.  The references are in ptq.calibrate.hessian."""
 
 import torch
 import triton

@@ -5,7 +5,7 @@ so a program (one warp) owns one row, and its tile is candidate scales × column
 warp sums that column out of the tile, rounds it for every candidate, and takes its error from the columns after it.  The smallest
 loss wins, the smaller scale on a tie, and the recursion runs once more for the winner.
 
-Scales are tried in chunks upwards from the absmax one, then downwards, to where the bounds of ptq.scales say that no other can
+Scales are tried in chunks upwards from the absmax one, then downwards, to where the bounds of ptq.core.scales say that no other can
 beat the best loss so far.
 """
 
@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq.formats import BF16, INT4, Format
+from ptq.core.formats import BF16, INT4, Format
+from ptq.core.scales import inverse_diagonal, or_identity, schur_complements
 from ptq.kernels.rounding import quotient
 from ptq.kernels.search import MARGIN
-from ptq.scales import inverse_diagonal, or_identity, schur_complements
 
 # Elements of a tile: 32 registers of a warp.
 TILE = 1024
@@ -43,7 +43,7 @@ def nearest_code(x):
 
 @triton.jit
 def absmax_code(amax):
-    """The code of the absmax scale, as ptq.formats.nearest_bf16."""
+    """The code of the absmax scale, as ptq.core.formats.nearest_bf16."""
     return tl.maximum(nearest_code(tl.div_rn(amax, 7.5)), FIRST)
 
 

@@ -6,17 +6,17 @@ recursion inside the block), the smallest loss of a row wins, the smaller scale 
 the winner and pushes its errors onto the panel's later blocks; columns after the panel are the caller's, one large matmul.
 
 Scales are tried in chunks upwards, from a few below the smallest that clips nothing, then downwards, to where the bounds of
-ptq.scales say that no other can beat the best loss so far.
+ptq.core.scales say that no other can beat the best loss so far.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq.formats import E4M3, Format
+from ptq.core.formats import E4M3, Format
+from ptq.core.scales import schur_complements
 from ptq.kernels.rounding import absmax_scale, decode_scale, quantize_e2m1, scale_above
 from ptq.kernels.search import MARGIN, load_all, prepare, quadratic_form, sum_of_squares
-from ptq.scales import schur_complements
 
 # Rows × candidates: one thread each, and at 4096 rows the grid fills the chip once.
 ROWS_PER_PROGRAM, CANDIDATES = 16, 8

@@ -1,7 +1,7 @@
 """Block quantize, pack, unpack and dequantize: each one pass over memory.
 
-The reference of each is plain torch: ptq.formats (absmax rules, round, encode), ptq.packing (pack, unpack, Quantized).  Two
-things are defined here that torch leaves open: a NaN weight counts as 0, an infinite one as the largest there is.
+The reference of each is plain torch: ptq.core.formats (absmax rules, round, encode), ptq.core.packing
+(pack, unpack, Quantized).  Two things are defined here that torch leaves open: a NaN weight counts as 0, an infinite one as the largest there is.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq.formats import E4M3, Format
+from ptq.core.formats import E4M3, Format
 from ptq.kernels.pairs import block_scale, encode_pairs, is_exact, largest_magnitude, twice
 from ptq.kernels.rounding import (
     absmax_scale,

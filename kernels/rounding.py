@@ -80,7 +80,7 @@ def encode_scale(s, E4M3: tl.constexpr):
 @triton.jit
 def absmax_scale(amax, ABSMAX: tl.constexpr):
     """The scale a format gives a block of largest magnitude `amax` (finite).  ABSMAX: `nearest_e4m3`, `floor_exponent` or
-    `round_exponent`, as in ptq.formats."""
+    `round_exponent`, as in ptq.core.formats."""
     if ABSMAX == "nearest_e4m3":
         s = tl.clamp(tl.div_rn(amax, tl.full(amax.shape, 6.0, tl.float32)), 0.001953125, 448.0)
         return round_to_binade(s, 0.015625, E4M3_SHIFT)

@@ -4,7 +4,7 @@ One thread owns a block: its 16 weights, their residuals and the factor of M sta
 access and no exchange between threads.  A program is a tile of rows of one column block, which share M.  Scales are tried from
 the smallest that clips nothing upwards, then downwards; a program stops when every row of its tile can.
 
-What may be skipped, beside the three bounds of ptq.scales (`amax`: the block's largest magnitude):
+What may be skipped, beside the three bounds of ptq.core.scales (`amax`: the block's largest magnitude):
 
 - Clipping, as there: below (|x_i| - √(L (M⁻¹)_ii)) / 6 nothing can beat a known loss L.
 - Dominance.  Let D be diagonal with M ⪰ D ⪰ 0, and B(s) = Σ D_i r_i(s)² ≤ rᵀ M r.  For amax ≤ 6 s every value of the grid of
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq.formats import E4M3, Format
+from ptq.core.formats import E4M3, Format
 from ptq.kernels.quantize import check
 from ptq.kernels.rounding import decode_scale, in_units, quotient, round_e2m1, scale_above
 

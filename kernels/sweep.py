@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ptq.formats import E2M1, Format
+from ptq.core.formats import E2M1, Format
+from ptq.core.linalg import block_diagonal
+from ptq.core.scales import check_rule
 from ptq.kernels import int4
 from ptq.kernels import panel as e2m1
 from ptq.kernels.matmul import subtract_product
-from ptq.linalg import block_diagonal
-from ptq.scales import check_rule
 
 
 def sweep(

@@ -31,7 +31,7 @@ def check_family(config: PretrainedConfig, source: str) -> None:
 
 
 class LlamaAdapter:
-    """The adapter (ptq.adapter) of a loaded model.  Runs layers under SDPA's own causal mask, so without padding."""
+    """The adapter (ptq.runtime.adapter) of a loaded model.  Runs layers under SDPA's own causal mask, so without padding."""
 
     def __init__(self, model: PreTrainedModel):
         check_family(model.config, type(model).__name__)

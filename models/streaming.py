@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ptq.clock import phase
 from ptq.models.llama import LlamaAdapter
-from ptq.plan import check_finite
+from ptq.runtime.checks import check_finite
+from ptq.runtime.clock import phase
 
 Read = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Tensors by their names in the checkpoint; called from another thread than the one that uses them."""
 
 
 class StreamingAdapter(LlamaAdapter):
-    """The adapter (ptq.adapter) of a model whose tensors read(names) gives when they are needed.
+    """The adapter (ptq.runtime.adapter) of a model whose tensors read(names) gives when they are needed.
 
     The skeleton is on the meta device.  What stands before and after the layers is held only while no layer is asked for.
     Layers are fresh copies each time: what is changed in one is gone with it.

@@ -17,9 +17,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ptq.formats import MXFP4, NVFP4, Format
-from ptq.hessian import add_blocks
-from ptq.scales import choose_scales
+from ptq.calibrate.hessian import add_blocks
+from ptq.core.formats import MXFP4, NVFP4, Format
+from ptq.core.scales import choose_scales
 
 Result = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 

@@ -18,17 +18,17 @@ import torch
 import transformers
 from torch import Tensor
 
-from ptq.calibration import HELD_OUT_SEQUENCES, all_windows, read_documents, sample_windows
-from ptq.config import QuantConfig, make_config, settings_of
+from ptq.calibrate.importance import TokenWeights, keep_in, token_weights
+from ptq.core.formats import FORMATS
+from ptq.core.scales import RULES
+from ptq.data.text import HELD_OUT_SEQUENCES, all_windows, read_documents, sample_windows
 from ptq.eval.perplexity import Score, evaluate
-from ptq.formats import FORMATS
 from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import load_model
-from ptq.plan import named_format
-from ptq.runner import quantize_model
-from ptq.scales import RULES
-from ptq.stage import Record
-from ptq.token_weights import TokenWeights, keep_in, token_weights
+from ptq.run.config import QuantConfig, make_config, settings_of
+from ptq.run.loop import quantize_model
+from ptq.run.plan import named_format
+from ptq.run.solve import Record
 
 FIELDS = (
     "model format method scales frozen token_weights drift row_feedback effort damp ridge sequences length calibration seed "

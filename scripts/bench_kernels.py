@@ -19,8 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ptq.formats import E4M3, INT4_G128, MXFP4, NVFP4, choose_tensor_scale, scale_values
-from ptq.hessian import damped, inverse_factor
+from ptq.core.formats import E4M3, INT4_G128, MXFP4, NVFP4, choose_tensor_scale, scale_values
+from ptq.core.linalg import damped, inverse_factor
 from ptq.kernels import functional, hessian, quantize, search
 from ptq.kernels.sweep import sweep
 

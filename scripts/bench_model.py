@@ -24,17 +24,17 @@ import torch
 import transformers
 from transformers import LlamaConfig
 
-from ptq.activations import default_batch
-from ptq.calibration import HELD_OUT_SEQUENCES
-from ptq.clock import Clock, timed
-from ptq.config import DRIFTS, EFFORTS, WEIGHTS, make_config
-from ptq.distributed import Team, joined
-from ptq.estimate import floor_seconds, operations, shape_of
-from ptq.formats import get_format
-from ptq.job import Job, do_layers
+from ptq.calibrate.activations import default_batch
+from ptq.core.formats import get_format
+from ptq.cost.estimate import floor_seconds, operations, shape_of
+from ptq.data.text import HELD_OUT_SEQUENCES
 from ptq.models.random import SHAPES, random_adapter, shape_config
-from ptq.plan import make_plan
-from ptq.unfinished import Unfinished
+from ptq.run.config import DRIFTS, EFFORTS, WEIGHTS, make_config
+from ptq.run.job import Job, do_layers
+from ptq.run.plan import make_plan
+from ptq.run.resume import Unfinished
+from ptq.runtime.clock import Clock, timed
+from ptq.runtime.distributed import Team, joined
 
 PHASES = ("load", "weigh", "forward", "hessian", "drift", "factorization", "sweep", "report", "write", "communicate")
 FIELDS = (

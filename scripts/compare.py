@@ -26,21 +26,21 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ptq.calibration import all_windows, read_documents, sample_windows
-from ptq.config import QuantConfig, make_config, settings_of
+from ptq.calibrate.importance import TokenWeights, keep_in, token_weights
+from ptq.core.formats import FORMATS
+from ptq.data.text import all_windows, read_documents, sample_windows
 from ptq.eval.checkpoint import Loaded, bits_per_weight, load_any
 from ptq.eval.logits import KeptLogits
 from ptq.eval.logits import run as run_model
 from ptq.eval.report import markdown, page
 from ptq.eval.results import stamp, surroundings, write
 from ptq.eval.text import First, Text, measure_text, tokenize
-from ptq.formats import FORMATS
 from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import check_fit, quiet
-from ptq.plan import make_plan, named_format
-from ptq.runner import quantize_model
-from ptq.shared_hessians import quantize_from, store_hessians
-from ptq.token_weights import TokenWeights, keep_in, token_weights
+from ptq.run.config import QuantConfig, make_config, settings_of
+from ptq.run.loop import quantize_model
+from ptq.run.plan import make_plan, named_format
+from ptq.run.shared_hessians import quantize_from, store_hessians
 
 CASES = ["rtn-absmax-none", "rtn-local-none", "gptq-absmax-none", "gptq-mse-none", "gptq-local-none", "default"]
 TOKENS_AT_ONCE = 4096
@@ -104,7 +104,7 @@ def cases_of(args: argparse.Namespace) -> dict[str, Case]:
 
 
 def parse_case(name: str, case: str, args: argparse.Namespace) -> Case:
-    """A case (ptq.config.settings_of) in the format `name`."""
+    """A case (ptq.run.config.settings_of) in the format `name`."""
     chosen = settings_of(case)
     config = make_config(named_format(name, args.block), chosen, args.damp)
     return Case(config, chosen["token_weights"], args.sequential or config.drift > 0 or config.row_feedback)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import transformers
 
-from ptq.calibration import all_windows, read_documents, sample_windows
+from ptq.data.text import all_windows, read_documents, sample_windows
 from ptq.eval.checkpoint import load_any
 from ptq.models.loading import check_fit, quiet
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ptq.calibration import read_documents
+from ptq.data.text import read_documents
 from ptq.eval.checkpoint import Loaded, bits_per_weight, load_any, size_on_disk
 from ptq.eval.harness import run_tasks, task_manager
 from ptq.eval.logits import KeptLogits, Logits

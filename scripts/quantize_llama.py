@@ -29,25 +29,25 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import ptq
-from ptq.activations import default_batch
-from ptq.calibration import HELD_OUT_SEQUENCES, all_windows, read_documents, sample_windows
-from ptq.config import DRIFTS, EFFORTS, WEIGHTS, QuantConfig, make_config
-from ptq.distributed import joined, local_device
-from ptq.estimate import disk_bytes, shape_of
+from ptq.calibrate.activations import default_batch
+from ptq.core.formats import FORMATS, get_format
+from ptq.core.scales import RULES
+from ptq.cost.estimate import disk_bytes, shape_of
+from ptq.cost.preview import make_preview
+from ptq.data.text import HELD_OUT_SEQUENCES, all_windows, read_documents, sample_windows
 from ptq.eval.perplexity import Score, evaluate
-from ptq.export import DTYPE, ReadBackError, check_output, layers_that_fit, save_text, verify, write_rest
-from ptq.formats import FORMATS, get_format
-from ptq.job import Job, do_layers
+from ptq.export.checkpoint import DTYPE, ReadBackError, check_output, layers_that_fit, save_text, verify, write_rest
 from ptq.methods import METHODS
 from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import check_fit, load_model, open_model, quiet
-from ptq.plan import make_plan, with_block
-from ptq.preview import make_preview
-from ptq.runner import quantize_model
-from ptq.scales import RULES
-from ptq.stage import CertificateError, Record
-from ptq.summary import summary
-from ptq.unfinished import Unfinished, fingerprint, unfinished_folder
+from ptq.run.config import DRIFTS, EFFORTS, WEIGHTS, QuantConfig, make_config
+from ptq.run.job import Job, do_layers
+from ptq.run.loop import quantize_model
+from ptq.run.plan import make_plan, with_block
+from ptq.run.resume import Unfinished, fingerprint, unfinished_folder
+from ptq.run.solve import CertificateError, Record
+from ptq.run.summary import summary
+from ptq.runtime.distributed import joined, local_device
 
 PLACES = {"auto": None, "device": False, "host": True}
 VERIFY_TOKENS = 128

@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from ptq.calibration import all_windows, read_documents, sample_windows
+from ptq.data.text import all_windows, read_documents, sample_windows
 
 
 def encode(text: str) -> list[int]:

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
-from ptq.config import QuantConfig
-from ptq.formats import NVFP4
+from ptq.core.formats import NVFP4
 from ptq.models.llama import LlamaAdapter
-from ptq.runner import quantize_model
-from ptq.shared_hessians import quantize_from, store_hessians
+from ptq.run.config import QuantConfig
+from ptq.run.loop import quantize_model
+from ptq.run.shared_hessians import quantize_from, store_hessians
 
 from .test_evaluate import module_of
 from .tiny import TEXT, save_tiny, tiny_model

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ptq.distributed import Team, assign, share_rows
-from ptq.export import shard_name
+from ptq.export.checkpoint import shard_name
+from ptq.runtime.distributed import Team, assign, share_rows
 
 from .conftest import ROOT
 from .test_script import main  # noqa: F401  # a fixture

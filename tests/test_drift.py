@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ptq.collect import look
-from ptq.config import DRIFTS, QuantConfig
-from ptq.drift import Drift
-from ptq.held_out import HeldOut
-from ptq.hessian import Hessian
+from ptq.calibrate.collect import look
+from ptq.calibrate.drift import Drift
+from ptq.calibrate.hessian import Hessian
+from ptq.calibrate.hooks import watch_linears
+from ptq.calibrate.validation import HeldOut
 from ptq.models.llama import FAMILIES, LlamaAdapter
-from ptq.runner import quantize_model
-from ptq.watch import watch_linears
+from ptq.run.config import DRIFTS, QuantConfig
+from ptq.run.loop import quantize_model
 
 from .test_runner import tokens
 from .tiny import tiny_model

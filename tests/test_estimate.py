@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
-from ptq.config import DRIFTS, QuantConfig
-from ptq.estimate import floor_seconds, memory, operations, seconds, shape_of
-from ptq.export import existing_parent
+from ptq.cost.estimate import floor_seconds, memory, operations, seconds, shape_of
+from ptq.export.checkpoint import existing_parent
 from ptq.models.random import random_adapter, shape_config
-from ptq.plan import make_plan
+from ptq.run.config import DRIFTS, QuantConfig
+from ptq.run.plan import make_plan
 
 from .conftest import ROOT
 from .test_script import main  # noqa: F401  # a fixture

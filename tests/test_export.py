@@ -10,8 +10,9 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from ptq.config import QuantConfig
-from ptq.export import (
+from ptq.core.formats import INT4_G128, MXFP4, NVFP4
+from ptq.core.packing import pack_int32
+from ptq.export.checkpoint import (
     ReadBackError,
     check_layer,
     check_output,
@@ -22,11 +23,10 @@ from ptq.export import (
     verify,
     write_rest,
 )
-from ptq.formats import INT4_G128, MXFP4, NVFP4
 from ptq.models.llama import FAMILIES, LlamaAdapter
-from ptq.packing import pack_int32
-from ptq.plan import make_plan
-from ptq.runner import quantize_layers
+from ptq.run.config import QuantConfig
+from ptq.run.loop import quantize_layers
+from ptq.run.plan import make_plan
 
 from .tiny import tiny_model, tiny_tokenizer
 

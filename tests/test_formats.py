@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptq.formats import (
+from ptq.core.formats import (
     BF16,
     E2M1,
     E4M3,

@@ -5,7 +5,7 @@ import qwantize
 import torch
 
 from ptq import functional
-from ptq.hessian import add_blocks
+from ptq.calibrate.hessian import add_blocks
 
 PLAIN = ["nvfp4_naive", "nvfp4_optimal", "mxfp4_naive", "mxfp4_optimal"]
 HESSIAN = ["nvfp4_optimal_hessian", "mxfp4_optimal_hessian"]

@@ -6,12 +6,11 @@ import pytest
 import torch
 from einops import rearrange
 
-from ptq.formats import FORMATS, INT4_G128, MXFP4, NVFP4, choose_tensor_scale, get_format
-from ptq.hessian import damped
-from ptq.linalg import block_diagonal
+from ptq.core.formats import FORMATS, INT4_G128, MXFP4, NVFP4, choose_tensor_scale, get_format
+from ptq.core.linalg import block_diagonal, damped
+from ptq.core.scales import RULES, choose_scales
 from ptq.methods.gptq import DAMP_ROWS, gptq, visit_order
 from ptq.methods.rtn import rtn
-from ptq.scales import RULES, choose_scales
 
 SMALL_INT4 = replace(INT4_G128, block=32)
 SMALL = [NVFP4, MXFP4, SMALL_INT4]

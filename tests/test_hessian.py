@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ptq.hessian import Hessian, NotPositiveDefiniteError, damped, inverse_factor
-from ptq.linalg import block_diagonal
+from ptq.calibrate.hessian import Hessian
+from ptq.core.linalg import NotPositiveDefiniteError, block_diagonal, damped, inverse_factor
 
 # Two float32 sums of n products, in any order, differ by at most 2 n eps Σ|x y|.
 EPS = torch.finfo(torch.float32).eps

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ptq.formats import INT4_G128, MXFP4, NVFP4
-from ptq.hessian import damped, inverse_factor
+from ptq.core.formats import INT4_G128, MXFP4, NVFP4
+from ptq.core.linalg import damped, inverse_factor
 from ptq.kernels.sweep import sweep
 from ptq.methods.gptq import sweep as reference
 

@@ -6,20 +6,20 @@ import pytest
 import torch
 from einops import rearrange
 
-from ptq.formats import MXFP4, MXFP4_ROUND, NVFP4, choose_tensor_scale, encode_scales
-from ptq.hessian import add_blocks
+from ptq.calibrate.hessian import add_blocks
+from ptq.core.formats import MXFP4, MXFP4_ROUND, NVFP4, choose_tensor_scale, encode_scales
+from ptq.core.packing import Quantized
+from ptq.core.packing import pack as reference_pack
 from ptq.kernels import functional
 from ptq.kernels.hessian import block_hessian
 from ptq.kernels.quantize import dequantize, pack, quantize_blocks, unpack
-from ptq.packing import Quantized
-from ptq.packing import pack as reference_pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = [NVFP4, replace(NVFP4, block=32), MXFP4, replace(MXFP4, block=16), MXFP4_ROUND]
 
 
 def reference(W, format, ts):
-    """(codes, scales) by ptq.formats; NaN counts as 0, infinity as the largest float32."""
+    """(codes, scales) by ptq.core.formats; NaN counts as 0, infinity as the largest float32."""
     x = W.float().nan_to_num(0.0, 3.4028235e38, -3.4028235e38) / ts
     x = rearrange(x, "r (b k) -> r b k", k=format.block)
     scales = format.absmax(x.abs().amax(-1))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from einops import rearrange
 
-from ptq.formats import MXFP4, NVFP4, choose_tensor_scale, scale_values
+from ptq.core.formats import MXFP4, NVFP4, choose_tensor_scale, scale_values
+from ptq.core.scales import residual
 from ptq.kernels.search import prepare, search_scales
-from ptq.scales import residual
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

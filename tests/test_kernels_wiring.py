@@ -5,10 +5,9 @@ import sys
 import pytest
 import torch
 
-from ptq.formats import MXFP4, NVFP4, choose_tensor_scale
-from ptq.hessian import damped
+from ptq.core.formats import MXFP4, NVFP4, choose_tensor_scale
+from ptq.core.linalg import block_diagonal, damped
 from ptq.kernels.sweep import sweep
-from ptq.linalg import block_diagonal
 from ptq.methods.gptq import gptq
 from ptq.methods.rtn import rtn, rtn_kernels
 

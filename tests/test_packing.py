@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from ptq.formats import FORMATS, NVFP4, choose_tensor_scale
+from ptq.core.formats import FORMATS, NVFP4, choose_tensor_scale
+from ptq.core.packing import pack, pack_int32, unpack
 from ptq.methods.rtn import quantize, rtn
-from ptq.packing import pack, pack_int32, unpack
 
 
 def test_every_byte_survives():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptq.formats import INT4_G128
+from ptq.core.formats import INT4_G128
 from ptq.methods.gptq import gptq, visit_order
 
 from .conftest import ROOT

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ptq.config import QuantConfig
-from ptq.formats import INT4_G128, MXFP4, NVFP4
-from ptq.hessian import Hessian
+from ptq.calibrate.hessian import Hessian
+from ptq.calibrate.hooks import watch_linears
+from ptq.calibrate.importance import token_weights
+from ptq.core.formats import INT4_G128, MXFP4, NVFP4
 from ptq.models.llama import LlamaAdapter
-from ptq.plan import make_plan, with_block
-from ptq.runner import quantize_model
-from ptq.stage import CertificateError, Numbers, certify
-from ptq.token_weights import token_weights
-from ptq.watch import watch_linears
+from ptq.run.config import QuantConfig
+from ptq.run.loop import quantize_model
+from ptq.run.plan import make_plan, with_block
+from ptq.run.solve import CertificateError, Numbers, certify
 
 from .tiny import tiny_model
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from einops import rearrange
 
-from ptq.formats import INT4_G128, MXFP4, NVFP4, scale_values
-from ptq.hessian import damped, inverse_factor
-from ptq.linalg import block_diagonal
-from ptq.scales import RULES, choose_scales, feed_forward, search
+from ptq.core.formats import INT4_G128, MXFP4, NVFP4, scale_values
+from ptq.core.linalg import block_diagonal, damped, inverse_factor
+from ptq.core.scales import RULES, choose_scales, feed_forward, search
 
 SEARCHES = ["mse", "local", "schur", "joint"]
 FORMATS = [NVFP4, replace(NVFP4, block=32), MXFP4, replace(MXFP4, block=16)]

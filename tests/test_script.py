@@ -178,14 +178,14 @@ def test_babyllama_loses_half_as_much_as_rtn(main, shared, tmp_path):
 @torch.no_grad()
 def test_smollm2_loads_from_gguf_and_reads_back(tmp_path: Path):
     """The first two layers of a real model, real text, real checkpoint."""
-    from ptq.calibration import all_windows, read_documents
-    from ptq.config import QuantConfig
-    from ptq.export import layer_tensors, save_tensors, shard_name, verify, write_rest
-    from ptq.formats import NVFP4
+    from ptq.core.formats import NVFP4
+    from ptq.data.text import all_windows, read_documents
+    from ptq.export.checkpoint import layer_tensors, save_tensors, shard_name, verify, write_rest
     from ptq.models.llama import LlamaAdapter
     from ptq.models.loading import load_model
-    from ptq.plan import make_plan
-    from ptq.runner import quantize_layers
+    from ptq.run.config import QuantConfig
+    from ptq.run.loop import quantize_layers
+    from ptq.run.plan import make_plan
 
     model, tokenizer = load_model(str(SMOLLM2))
     del model.model.layers[2:]

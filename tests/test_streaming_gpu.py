@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from ptq.activations import embed_all, propagate
-from ptq.collect import collect_hessians
-from ptq.config import QuantConfig
+from ptq.calibrate.activations import embed_all, propagate
+from ptq.calibrate.collect import collect_hessians
+from ptq.calibrate.importance import descend, token_weights
 from ptq.models.random import random_adapter
-from ptq.plan import make_plan
-from ptq.runner import quantize_model, stages_of
-from ptq.token_weights import descend, token_weights
+from ptq.run.config import QuantConfig
+from ptq.run.loop import quantize_model, stages_of
+from ptq.run.plan import make_plan
 
 pytestmark = pytest.mark.gpu
 

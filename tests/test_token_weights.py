@@ -2,12 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from ptq.config import QuantConfig
-from ptq.hessian import Hessian
+from ptq.calibrate.hessian import Hessian
+from ptq.calibrate.hooks import watch_linears
+from ptq.calibrate.importance import token_weights
 from ptq.models.llama import LlamaAdapter
-from ptq.runner import quantize_model
-from ptq.token_weights import token_weights
-from ptq.watch import watch_linears
+from ptq.run.config import QuantConfig
+from ptq.run.loop import quantize_model
 
 from .tiny import tiny_model
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptq.config import QuantConfig
-from ptq.distributed import Team
-from ptq.export import write_rest
-from ptq.job import Job, do_layers
+from ptq.export.checkpoint import write_rest
 from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import load_model, open_model
-from ptq.plan import make_plan
-from ptq.unfinished import Unfinished, differences, fingerprint, unfinished_folder
+from ptq.run.config import QuantConfig
+from ptq.run.job import Job, do_layers
+from ptq.run.plan import make_plan
+from ptq.run.resume import Unfinished, differences, fingerprint, unfinished_folder
+from ptq.runtime.distributed import Team
 
 from .conftest import ROOT
 from .test_script import main  # noqa: F401  # a fixture

@@ -24,14 +24,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ptq.clock import phase
-from ptq.formats import Format
-from ptq.hessian import damped, inverse_factor
+from ptq.core.formats import Format
+from ptq.core.linalg import block_diagonal, damped, inverse_factor
+from ptq.core.packing import Quantized
+from ptq.core.scales import choose_scales, feed_forward
 from ptq.kernels import sweep as kernels
-from ptq.linalg import block_diagonal
 from ptq.methods.solution import Solution
-from ptq.packing import Quantized
-from ptq.scales import choose_scales, feed_forward
+from ptq.runtime.clock import phase
 
 # Relative to mean(diag G).  Output gradients of neighbouring channels are less alike than inputs, and G is known less well than H.
 DAMP_ROWS = 0.1

@@ -4,14 +4,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ptq.formats import E2M1, Format, choose_tensor_scale
-from ptq.hessian import damped
+from ptq.core.formats import E2M1, Format, choose_tensor_scale
+from ptq.core.linalg import block_diagonal, damped
+from ptq.core.packing import Quantized
+from ptq.core.scales import check_rule, choose_scales
 from ptq.kernels.quantize import quantize_blocks
 from ptq.kernels.search import prepare, search_scales
-from ptq.linalg import block_diagonal
 from ptq.methods.solution import Solution
-from ptq.packing import Quantized
-from ptq.scales import check_rule, choose_scales
 
 BLOCKS_AT_ONCE = 64
 

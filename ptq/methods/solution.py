@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq.packing import Quantized
+from ptq.core.packing import Quantized
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from ptq.activations import Activations, belongs_on_host, each_batch, embed_all, propagate
-from ptq.adapter import Adapter
-from ptq.clock import phase
-from ptq.hessian import add_full
-from ptq.watch import watch_linears
+from ptq.calibrate.activations import Activations, belongs_on_host, each_batch, embed_all, propagate
+from ptq.calibrate.hessian import add_full
+from ptq.calibrate.hooks import watch_linears
+from ptq.runtime.adapter import Adapter
+from ptq.runtime.clock import phase
 
 TokenWeights = dict[str, list[Tensor]]
 KeepCurvature = Callable[[str, Tensor], object]

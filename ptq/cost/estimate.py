@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ptq.activations import DEVICE_SHARE
-from ptq.adapter import Adapter
-from ptq.calibration import HELD_OUT_SEQUENCES
-from ptq.config import QuantConfig
-from ptq.distributed import Team, share_rows
+from ptq.calibrate.activations import DEVICE_SHARE
+from ptq.calibrate.importance import POSITIONS_AT_ONCE, SEGMENT
+from ptq.data.text import HELD_OUT_SEQUENCES
 from ptq.methods.gptq import rows_at_once
-from ptq.plan import Plan
-from ptq.token_weights import POSITIONS_AT_ONCE, SEGMENT
+from ptq.run.config import QuantConfig
+from ptq.run.plan import Plan
+from ptq.runtime.adapter import Adapter
+from ptq.runtime.distributed import Team, share_rows
 
 BF16_RATE = 790e12
 """bfloat16 matmul, operations a second: measured, 8192³."""
@@ -110,7 +110,7 @@ def operations(shape: Shape) -> dict[str, float]:
 
 
 def drift_products(shape: Shape) -> int:
-    """Elements of what ptq.drift sums for a layer: of inputs for two stages, of outputs for two."""
+    """Elements of what ptq.calibrate.drift sums for a layer: of inputs for two stages, of outputs for two."""
     stream = shape.head[1]
     return stream * (2 * stream + shape.attention + shape.inner)
 
@@ -138,7 +138,7 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
     """Estimated seconds by phase on H200s: products at a rate, and what grows with the tensors' sizes.
 
     The constants are fitted to runs of the shapes Llama-3.2-1B, 3.1-8B and 3.1-70B (docs/performance.md), to 7 % in each phase.
-    Sequences are shared by the ranks, and stages or their rows as ptq.distributed.share_rows says.
+    Sequences are shared by the ranks, and stages or their rows as ptq.runtime.distributed.share_rows says.
     """
     T, layers = shape.tokens, shape.layers
     linear, attention = 2 * T * shape.layer_weights, 2 * T * shape.length * shape.attention

@@ -21,21 +21,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ptq
-from ptq.distributed import Team
-from ptq.export import check_layer, layer_tensors, restore_layer, save_tensors, save_text, shard_name
-from ptq.formats import Format
-from ptq.runner import LayerResult
-from ptq.stage import Record
-from ptq.token_weights import TokenWeights, to_keep
+from ptq.calibrate.importance import TokenWeights, to_keep
+from ptq.core.formats import Format
+from ptq.export.checkpoint import check_layer, layer_tensors, restore_layer, save_tensors, save_text, shard_name
+from ptq.run.loop import LayerResult
+from ptq.run.solve import Record
+from ptq.runtime.distributed import Team
 
 
 def code_version() -> str:
     """Version and hash of the sources that the result depends on."""
     root = Path(ptq.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(
-        path for folder in (root, root / "kernels", root / "models", root / "methods") for path in folder.glob("*.py")
-    ):
+    folders = [folder for folder in root.iterdir() if folder.name not in ("cost", "eval")]
+    for path in sorted(path for folder in [root, *folders] for path in folder.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return f"{ptq.__version__} {digest.hexdigest()[:16]}, torch {torch.__version__}"
 

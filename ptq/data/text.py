@@ -1,6 +1,8 @@
 """Text in, token windows out; for calibration and for evaluation alike.
 
-A source is a file (.jsonl or .jsonl.gz with a "text" field a line, or plain text, also gzipped), a name that ptq.presets knows or a
+A source is a file (.jsonl or .jsonl.gz with a "text" field a line, or plain text, also gzipped), a name that
+ptq.data.presets knows, a
+ptq.data.presets knows or a
 Hugging Face dataset id, or `builtin`: the language reference that every Python carries (pydoc_data.topics), of which one topic in
 four is set aside as `builtin-heldout`.
 """
@@ -14,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ptq.presets import PRESETS, find_preset, hub_documents
+from ptq.data.presets import PRESETS, find_preset, hub_documents
 
 BUILTIN_HELD_OUT = "builtin-heldout"
 # Drawn beside the calibration sequences unless told otherwise, to measure every linear on.

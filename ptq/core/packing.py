@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ptq.formats import Format
+from ptq.core.formats import Format
 
 
 @dataclass(frozen=True)

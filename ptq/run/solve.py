@@ -11,15 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptq.clock import Moment, now, phase, seconds_between
-from ptq.collect import Stage, Sums, first_of, shape_of
-from ptq.config import QuantConfig
-from ptq.distributed import Team
-from ptq.formats import choose_tensor_scale
+from ptq.calibrate.collect import Stage, Sums, first_of, shape_of
+from ptq.core.formats import choose_tensor_scale
+from ptq.core.packing import Quantized
 from ptq.methods import METHODS
 from ptq.methods.rtn import rtn
 from ptq.methods.solution import Solution, join
-from ptq.packing import Quantized
+from ptq.run.config import QuantConfig
+from ptq.runtime.clock import Moment, now, phase, seconds_between
+from ptq.runtime.distributed import Team
 
 # Rounding alone leaves the two sides of the identity within about 2 √d_in · eps · ‖W‖/‖Δ‖ of each other, 2e-4 for d_in = 14336
 # and an error of 5 %; the bugs it is there to catch (stale or missing feedback) change one side by tens of percent.
@@ -38,7 +38,7 @@ class Record:
     `rtn_error` the same for RTN of W with absmax scales; None without calibration.  `certificate`: relative difference of the
     two sides of the loss identity (gptq only).  `moved_scales`: share of the blocks whose scale is not the absmax one.
     `dead_inputs`: columns no token reached.  `seconds`: this linear's share, by rows, of its stage.
-    `held_out_error`: of its outputs against the original model's (ptq.held_out).
+    `held_out_error`: of its outputs against the original model's (ptq.calibrate.validation).
     """
 
     name: str

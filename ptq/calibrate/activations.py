@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ptq.adapter import Adapter
+from ptq.runtime.adapter import Adapter
 
 # Of the device's memory, what may be taken by hidden states before they go to host memory.
 DEVICE_SHARE = 1 / 8

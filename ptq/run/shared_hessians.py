@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ptq.adapter import Adapter
-from ptq.config import QuantConfig
-from ptq.formats import choose_tensor_scale
-from ptq.hessian import Hessian
+from ptq.calibrate.hessian import Hessian
+from ptq.calibrate.hooks import watch_linears
+from ptq.core.formats import choose_tensor_scale
+from ptq.core.packing import Quantized
 from ptq.methods import METHODS
-from ptq.packing import Quantized
-from ptq.watch import watch_linears
+from ptq.run.config import QuantConfig
+from ptq.runtime.adapter import Adapter
 
 Weighing = Mapping[str, Sequence[Tensor]]
 """By the full name of a stage's first linear: for each batch, what its tokens count for (n, length)."""

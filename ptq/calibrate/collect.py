@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq.activations import Activations, each_batch
-from ptq.adapter import Adapter
-from ptq.clock import phase
-from ptq.distributed import Team
-from ptq.drift import Drift
-from ptq.hessian import Hessian
-from ptq.watch import see_inputs
+from ptq.calibrate.activations import Activations, each_batch
+from ptq.calibrate.drift import Drift
+from ptq.calibrate.hessian import Hessian
+from ptq.calibrate.hooks import see_inputs
+from ptq.runtime.adapter import Adapter
+from ptq.runtime.clock import phase
+from ptq.runtime.distributed import Team
 
 Stage = dict[str, nn.Linear]
 
@@ -54,7 +54,7 @@ def collect(
 ) -> list[Sums | None]:
     """The sums of each stage from one pass of `hidden` through the layer, added up over the team on the ranks that solve it.
 
-    `sequences`: of all ranks.  `shares`: for each stage and rank, the rows it solves (ptq.distributed.share_rows).  With
+    `sequences`: of all ranks.  `shares`: for each stage and rank, the rows it solves (ptq.runtime.distributed.share_rows).  With
     `original`, the sums tell too what the stages are to make good.
     """
     if hidden is None or not stages:

@@ -1,4 +1,4 @@
-"""The Hessian of a linear layer's output error, and the factor GPTQ works with.
+"""The Hessian of a linear layer's output error.
 
 H = mean over calibration tokens of x xᵀ.  "Hessian" is the field's word; the true one is twice this.  Sums are float32.
 """
@@ -10,13 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ptq.kernels import hessian as kernels
-from ptq.linalg import inverse_cholesky
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-
-
-class NotPositiveDefiniteError(ValueError):
-    """H + damping has no Cholesky factor."""
 
 
 def add_full(H: Tensor, X: Tensor) -> None:
@@ -105,24 +100,3 @@ class Hessian:
         self.weight += other.weight
         self.tokens += other.tokens
         return self
-
-
-def damped(H: Tensor, damp: float) -> Tensor:
-    """H + damp · mean(diag H) · I.  H (d_in, d_in), or diagonal blocks (b, k, k), whose mean is over all blocks."""
-    amount = damp * H.diagonal(dim1=-2, dim2=-1).mean()
-    return H + amount * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-
-
-def inverse_factor(A: Tensor) -> Tensor:
-    """U, upper triangular with A⁻¹ = Uᵀ U.  A (d_in, d_in) symmetric positive definite, in A's dtype.
-
-    U = flip(inv(chol(flip A))) instead of Cholesky, inverse and Cholesky again, and the Cholesky factor and its inverse together.
-    Raises NotPositiveDefiniteError with the pivot that failed.
-    """
-    inverse, failed = inverse_cholesky(A.flip(0, 1))
-    if failed or not inverse.diagonal().isfinite().all():
-        pivot = A.shape[0] - failed
-        raise NotPositiveDefiniteError(
-            f"H + damping is not positive definite (pivot {pivot} of {len(A)}); more calibration tokens or more damping help"
-        )
-    return inverse.flip(0, 1)

@@ -3,7 +3,8 @@
 For each layer: run it once and collect H per stage; quantize its linears; run it again to get the next layer's input.  One
 layer's Hessians are alive at a time, and layers are asked of the adapter one by one.
 
-Where drift is made good (ptq.drift), the original model's hidden states come along, and a layer may be run stage by stage.
+Where drift is made good (ptq.calibrate.drift), the original model's hidden states come along, and a layer may
+be run stage by stage.
 """
 
 import copy
@@ -13,17 +14,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ptq.activations import embed_all, propagate
-from ptq.adapter import Adapter
-from ptq.clock import phase
-from ptq.collect import Original, Stage, Sums, collect, first_of, shape_of
-from ptq.config import QuantConfig
-from ptq.distributed import Team, share_rows
-from ptq.held_out import HeldOut
-from ptq.packing import Quantized
-from ptq.plan import Plan, make_plan
-from ptq.stage import Numbers, Record, Solved, make_record, share_solved, solve_stage
-from ptq.token_weights import TokenWeights
+from ptq.calibrate.activations import embed_all, propagate
+from ptq.calibrate.collect import Original, Stage, Sums, collect, first_of, shape_of
+from ptq.calibrate.importance import TokenWeights
+from ptq.calibrate.validation import HeldOut
+from ptq.core.packing import Quantized
+from ptq.run.config import QuantConfig
+from ptq.run.plan import Plan, make_plan
+from ptq.run.solve import Numbers, Record, Solved, make_record, share_solved, solve_stage
+from ptq.runtime.adapter import Adapter
+from ptq.runtime.clock import phase
+from ptq.runtime.distributed import Team, share_rows
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def quantize_model(
     """Quantizes the model in place and yields (record, weight) for each linear as its layer is done.
 
     `batches`: token ids (n, length) each, on the model's device; None for methods that need no calibration.  `token_weights`: for
-    the same batches, what each token counts for in H (ptq.token_weights); every token counts the same without.
-    `curvature`: by linear, G for row feedback (ptq.token_weights).  `held_out`: token ids (n, length) to measure errors on.
+    the same batches, what each token counts for in H (ptq.calibrate.importance); every token counts the same without.
+    `curvature`: by linear, G for row feedback (ptq.calibrate.importance).  `held_out`: token ids (n, length) to measure errors on.
     Raises ValueError, before any work, for whatever `make_plan` finds, and later for non-finite activations or an H that damping
     does not cure, naming layer and stage; CertificateError where the loss identity fails.
     """

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq.formats import Elements, Format, scale_values
+from ptq.core.formats import Elements, Format, scale_values
 
 CANDIDATES_AT_ONCE = 16
 ELEMENTS_AT_ONCE = 2**24

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq.adapter import Adapter
-from ptq.clock import phase
-from ptq.config import QuantConfig
-from ptq.distributed import Team
-from ptq.plan import Plan
-from ptq.runner import quantize_layers
-from ptq.token_weights import TokenWeights, token_weights
-from ptq.unfinished import Unfinished
+from ptq.calibrate.importance import TokenWeights, token_weights
+from ptq.run.config import QuantConfig
+from ptq.run.loop import quantize_layers
+from ptq.run.plan import Plan
+from ptq.run.resume import Unfinished
+from ptq.runtime.adapter import Adapter
+from ptq.runtime.clock import phase
+from ptq.runtime.distributed import Team
 
 
 @dataclass(frozen=True)
 class Job:
-    """`calibration` (sequences, length): of all ranks, on the CPU.  `weighing`: none, text or sampled (ptq.token_weights), `seed`
+    """`calibration` (sequences, length): of all ranks, on the CPU.  `weighing`: none, text or sampled (see importance), `seed`
     draws its labels.  `batch`: sequences that run at once.  `on_host`: whether hidden states are in host memory; None, by size.
     `held_out` (n, length): sequences to measure every linear on, on all ranks the same."""
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ptq.adapter import Adapter
-from ptq.watch import watch_linears
+from ptq.calibrate.hooks import watch_linears
+from ptq.runtime.adapter import Adapter
 
 
 class HeldOut:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptq.formats import NVFP4, Format
+from ptq.core.formats import NVFP4, Format
+from ptq.core.scales import RULES
 from ptq.methods import METHODS
-from ptq.scales import RULES
 
 # What GPTQ does unless told otherwise: each lowers KL and takes longer (docs/accuracy.md has the numbers).
 EFFORTS: dict[str, dict] = {
@@ -21,7 +21,7 @@ DRIFTS: dict[str, dict] = {
     "half": {"drift": 0.5, "stagewise": False},
     "full": {"drift": 1.0, "stagewise": True},
 }
-# What a calibration token counts for in H (ptq.token_weights).
+# What a calibration token counts for in H (ptq.calibrate.importance).
 WEIGHTS = ("none", "text", "sampled")
 
 
@@ -48,9 +48,9 @@ def settings_of(case: str) -> dict:
 class QuantConfig:
     """`rule`: how block scales are chosen.  `damp`: relative to mean(diag H).  `ignore`: linears left alone, by full name or by
     `re:PATTERN` matched from the start of the name.  `drift`: how much of what earlier layers lost each linear makes good
-    (ptq.drift), 0 to 1, against a ridge of `ridge` · mean(diag H); `stagewise`: each stage after those before it in the layer are
+    (see drift), 0 to 1, against a ridge of `ridge` · mean(diag H); `stagewise`: each stage after those before it in the layer are
     quantized, else all from one pass, which diverges beyond one half.  `row_feedback`: rounding errors are fed forward over rows
-    too, for which gptq needs the curvature of the loss (ptq.token_weights).  `frozen`: gptq's scales are chosen before its
+    too, for which gptq needs the curvature of the loss (ptq.calibrate.importance).  `frozen`: gptq's scales are chosen before its
     loop, for comparison.  Raises ValueError for settings that do not fit."""
 
     format: Format = NVFP4

@@ -15,7 +15,8 @@ Collected all at once, each stage makes the same loss good, and more than half o
 import torch
 from torch import Tensor
 
-from ptq.hessian import NotPositiveDefiniteError, add_product, damped, weighted
+from ptq.calibrate.hessian import add_product, weighted
+from ptq.core.linalg import NotPositiveDefiniteError, damped
 
 
 class Drift:

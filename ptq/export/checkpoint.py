@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ptq.adapter import Adapter
-from ptq.formats import Format, decode_scales, encode_scales
-from ptq.packing import Quantized, pack, pack_int32, unpack
+from ptq.core.formats import Format, decode_scales, encode_scales
+from ptq.core.packing import Quantized, pack, pack_int32, unpack
+from ptq.runtime.adapter import Adapter
 
 DTYPE = torch.bfloat16
 

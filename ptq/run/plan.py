@@ -4,12 +4,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ptq.adapter import Adapter
-from ptq.config import QuantConfig
-from ptq.formats import Format, get_format
+from ptq.core.formats import Format, get_format
+from ptq.run.config import QuantConfig
+from ptq.runtime.adapter import Adapter
+from ptq.runtime.checks import check_finite
 
 BLOCKS = (32, 64, 128, 256)
 
@@ -81,15 +81,6 @@ def linear_problems(name: str, module: nn.Module) -> list[str]:
     except ValueError as error:
         return [str(error)]
     return []
-
-
-def check_finite(name: str, W: Tensor) -> None:
-    if W.is_meta:
-        return
-    bad = ~torch.isfinite(W.detach())
-    if bad.any():
-        first = bad.nonzero()[0].tolist()
-        raise ValueError(f"{name} holds {int(bad.sum())} non-finite values, the first at {first}; the checkpoint is damaged")
 
 
 def block_problems(linears: dict[str, tuple[int, int]], format: Format) -> list[str]:

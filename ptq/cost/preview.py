@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from ptq.activations import default_batch
-from ptq.adapter import Adapter
-from ptq.config import QuantConfig
-from ptq.estimate import Memory, Shape, disk_bytes, memory, seconds, shape_of
-from ptq.export import existing_parent
-from ptq.formats import Format
-from ptq.plan import Plan, examine
+from ptq.calibrate.activations import default_batch
+from ptq.core.formats import Format
+from ptq.cost.estimate import Memory, Shape, disk_bytes, memory, seconds, shape_of
+from ptq.export.checkpoint import existing_parent
+from ptq.run.config import QuantConfig
+from ptq.run.plan import Plan, examine
+from ptq.runtime.adapter import Adapter
 
 
 @dataclass(frozen=True)

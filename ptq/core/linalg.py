@@ -1,8 +1,12 @@
-"""Two pieces of linear algebra that torch does not have, for any device and dtype."""
+"""Linear algebra that torch does not have, for any device and dtype."""
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+
+class NotPositiveDefiniteError(ValueError):
+    """H + damping has no Cholesky factor."""
 
 
 def block_diagonal(H: Tensor, block: int) -> Tensor:
@@ -66,3 +70,24 @@ def lower_multiply_into(C: Tensor, B: Tensor, out: Tensor, strip: int) -> None:
     for first in range(0, C.shape[0], strip):
         last = first + strip
         out[first:last].addmm_(C[first:last, :last], B[:last], beta=0, alpha=-1)
+
+
+def damped(H: Tensor, damp: float) -> Tensor:
+    """H + damp · mean(diag H) · I.  H (d_in, d_in), or diagonal blocks (b, k, k), whose mean is over all blocks."""
+    amount = damp * H.diagonal(dim1=-2, dim2=-1).mean()
+    return H + amount * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+
+
+def inverse_factor(A: Tensor) -> Tensor:
+    """U, upper triangular with A⁻¹ = Uᵀ U.  A (d_in, d_in) symmetric positive definite, in A's dtype.
+
+    U = flip(inv(chol(flip A))) instead of Cholesky, inverse and Cholesky again, and the Cholesky factor and its inverse together.
+    Raises NotPositiveDefiniteError with the pivot that failed.
+    """
+    inverse, failed = inverse_cholesky(A.flip(0, 1))
+    if failed or not inverse.diagonal().isfinite().all():
+        pivot = A.shape[0] - failed
+        raise NotPositiveDefiniteError(
+            f"H + damping is not positive definite (pivot {pivot} of {len(A)}); more calibration tokens or more damping help"
+        )
+    return inverse.flip(0, 1)
