@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ptq.calibrate.hooks import watch_linears
+from ptq.calibrate.hooks import observe_outputs
 
 Logits = Callable[[int, Tensor], Tensor]
 """(index of the window, its token ids (n,)) -> logits (n - 1, vocabulary) of all but its first token."""
@@ -50,7 +50,7 @@ def first_non_finite(model: nn.Module, tokens: Tensor) -> str:
     }
     found: list[str] = []
 
-    def see(module: nn.Module, x: Tensor, y: Tensor) -> None:
+    def observe(module: nn.Module, x: Tensor, y: Tensor) -> None:
         if found:
             return
         if not x.isfinite().all():
@@ -60,7 +60,7 @@ def first_non_finite(model: nn.Module, tokens: Tensor) -> str:
             own = f", whose parameters hold {bad} such values" if bad else ""
             found.append(f"the first non-finite values come out of {leaves[module]}{own}")
 
-    with watch_linears(leaves, see):
+    with observe_outputs(leaves, observe):
         model(tokens, use_cache=False)
     return found[0] if found else "a second run gave none, so the machine or a kernel is at fault"
 

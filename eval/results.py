@@ -58,7 +58,7 @@ def provenance(source: str) -> dict[str, Any]:
     elif (folder / "report.json").is_file():
         report = json.loads((folder / "report.json").read_text())
         settings = report.get("settings", {})
-        names = [str(settings.get(name)) for name in ("format", "method", "scales", "token_weights")]
+        names = [str(settings.get(name)) for name in ("format", "method", "rule", "token_importance")]
         if settings.get("method") == "gptq" and settings.get("effort"):
             names.append(f"effort {settings['effort']}")
         found |= {"made_by": f"ptq {', '.join(names)}", "quantize_seconds": report.get("seconds")}

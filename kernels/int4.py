@@ -60,7 +60,7 @@ def column(tile, k, c):
 
 
 @triton.jit
-def feed_forward(x, s, inverse, k, v_ptr, d_ptr, K: tl.constexpr, RECORD: tl.constexpr):
+def round_with_feedback(x, s, inverse, k, v_ptr, d_ptr, K: tl.constexpr, RECORD: tl.constexpr):
     """(loss, largest |code value|, q, E) of GPTQ inside a block, for scales s (lines, 1); without RECORD q and E stay 0.
 
     v_ptr: U with each row divided by its diagonal element, of which d_ptr holds the inverse.
@@ -89,7 +89,7 @@ def candidate_loss(x, s, k, v_ptr, d_ptr, m_ptr, K: tl.constexpr, RULE: tl.const
     """(loss, largest |code value|), both (lines, 1), of scales s (lines, 1)."""
     inverse = tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
     if RULE == "joint":
-        loss, largest, _, _ = feed_forward(x, s, inverse, k, v_ptr, d_ptr, K, RECORD=False)
+        loss, largest, _, _ = round_with_feedback(x, s, inverse, k, v_ptr, d_ptr, K, RECORD=False)
     else:
         q = round_int4(x, s, inverse)
         r = x - q * s
@@ -159,7 +159,7 @@ def block_kernel(
         code = choose_code(x, k, v_ptr, d_ptr, m_ptr, c_ptr, K, LINES, STRIDE, RULE)
     s = decode(code + tl.zeros([LINES, 1], tl.int32))
     inverse = tl.div_rn(tl.full([LINES, 1], 1.0, tl.float32), s)
-    loss, _, q, E = feed_forward(x, s, inverse, k, v_ptr, d_ptr, K, RECORD=True)
+    loss, _, q, E = round_with_feedback(x, s, inverse, k, v_ptr, d_ptr, K, RECORD=True)
     first = (tl.arange(0, LINES)[:, None] == 0) & (k >= 0)
     tl.store(q_ptr + row * q_stride + k + tl.zeros([LINES, K], tl.int32), q, mask=first)
     tl.store(e_ptr + row * e_stride + k + tl.zeros([LINES, K], tl.int32), E, mask=first)

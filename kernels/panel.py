@@ -25,7 +25,7 @@ COLUMNS_AT_ONCE = 64
 
 
 @triton.jit
-def feed_forward(x, s, u, inverses, u_ptr):
+def round_with_feedback(x, s, u, inverses, u_ptr):
     """(q, E) of GPTQ inside a block: tuples of the columns' values in units of s and of their errors (x_c - s q_c) / U_cc.
 
     u: the columns of U above the diagonal, packed, in registers; where empty they are read from u_ptr (K × K).
@@ -60,7 +60,7 @@ def candidate_loss(x, s, u, inverses, u_ptr, g, g_ptr, RULE: tl.constexpr):
     """(loss, largest |code value|) of scales s."""
     largest = tl.zeros(s.shape, tl.float32)
     if RULE == "joint":
-        q, E = feed_forward(x, s, u, inverses, u_ptr)
+        q, E = round_with_feedback(x, s, u, inverses, u_ptr)
         loss = sum_of_squares(E)
     else:
         inverse = tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
@@ -231,7 +231,7 @@ def panel_kernel(
         tl.store(scales_pointers, tl.max(s, axis=1), mask=row_of < rows)
         if K == 16 and RULE != "joint":
             u = load_above_diagonal(block_ptr, K)
-        q, E = feed_forward(x, s, u, inverses, block_ptr)
+        q, E = round_with_feedback(x, s, u, inverses, block_ptr)
         loss += sum_of_squares(E)
         store_columns(q_pointers, q, lane, inside, CHUNK)
         store_columns(e_pointers, E, lane, inside, CHUNK)

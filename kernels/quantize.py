@@ -1,7 +1,8 @@
 """Block quantize, pack, unpack and dequantize: each one pass over memory.
 
 The reference of each is plain torch: ptq.core.formats (absmax rules, round, encode), ptq.core.packing
-(pack, unpack, Quantized).  Two things are defined here that torch leaves open: a NaN weight counts as 0, an infinite one as the largest there is.
+(pack, unpack, Quantized).  Two
+things are defined here that torch leaves open: a NaN weight counts as 0, an infinite one as the largest there is.
 """
 
 import torch

@@ -18,10 +18,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from ptq.calibrate.importance import TokenWeights, keep_in, token_weights
+from ptq.calibrate.importance import TokenImportance, keep_in, token_importance
 from ptq.core.formats import FORMATS
 from ptq.core.scales import RULES
-from ptq.data.text import HELD_OUT_SEQUENCES, all_windows, read_documents, sample_windows
+from ptq.data.text import VALIDATION_SEQUENCES, all_windows, read_documents, sample_windows
 from ptq.eval.perplexity import Score, evaluate
 from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import load_model
@@ -31,7 +31,7 @@ from ptq.run.plan import named_format
 from ptq.run.solve import Record
 
 FIELDS = (
-    "model format method scales frozen token_weights drift row_feedback effort damp ridge sequences length calibration seed "
+    "model format method rule frozen token_importance drift row_feedback effort damp ridge sequences length calibration seed "
     "test_text windows ppl kl seconds gpu commit"
 )
 CASES = (
@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cases",
         nargs="+",
-        metavar="EFFORT|METHOD-SCALES-WEIGHTS[-half|-full][-rows][-frozen]",
+        metavar="EFFORT|METHOD-RULE-IMPORTANCE[-half|-full][-rows][-frozen]",
         default=CASES,
         help="(default: all)",
     )
@@ -72,15 +72,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def weights_of(
     model: transformers.PreTrainedModel, batches: tuple[Tensor, ...], seed: int, cases: list[dict]
-) -> tuple[dict[str, TokenWeights | None], dict[str, dict[str, Tensor]]]:
+) -> tuple[dict[str, TokenImportance | None], dict[str, dict[str, Tensor]]]:
     """By name, token weights and curvature of what the cases want, each but `none` a backward pass."""
     adapter = LlamaAdapter(model)
     curvatures: dict[str, dict[str, Tensor]] = {}
-    weights: dict[str, TokenWeights | None] = {"none": None}
-    for name in {case["token_weights"] for case in cases} - {"none"}:
-        rows = any(case["row_feedback"] and case["token_weights"] == name for case in cases)
+    weights: dict[str, TokenImportance | None] = {"none": None}
+    for name in {case["token_importance"] for case in cases} - {"none"}:
+        rows = any(case["row_feedback"] and case["token_importance"] == name for case in cases)
         keep = keep_in(curvatures.setdefault(name, {})) if rows else None
-        weights[name] = token_weights(adapter, batches, seed=seed if name == "sampled" else None, curvature=keep)
+        weights[name] = token_importance(adapter, batches, seed=seed if name == "sampled" else None, curvature=keep)
     return weights, curvatures
 
 
@@ -112,8 +112,8 @@ def measure(
     tests = {Path(source).name: windows([source])[: args.windows].to(args.device) for source in args.evaluate}
     yield {"method": "original"}, scores(model, model, tests), []
     for seed in args.seeds:
-        drawn = sample_windows(calibration, args.sequences, seed, args.calibration[0], held_out=HELD_OUT_SEQUENCES)
-        batches, held_out = drawn[: args.sequences].to(args.device).split(16), drawn[args.sequences :]
+        drawn = sample_windows(calibration, args.sequences, seed, args.calibration[0], validation=VALIDATION_SEQUENCES)
+        batches, validation = drawn[: args.sequences].to(args.device).split(16), drawn[args.sequences :]
         weights, curvatures = weights_of(model, batches, seed, [settings for settings, _ in runs])
         for settings, config in runs:
             begin = time.perf_counter()
@@ -122,9 +122,9 @@ def measure(
                 LlamaAdapter(quantized),
                 batches,
                 config,
-                weights[settings["token_weights"]],
-                curvatures.get(settings["token_weights"]),
-                held_out.to(args.device),
+                weights[settings["token_importance"]],
+                curvatures.get(settings["token_importance"]),
+                validation.to(args.device),
             )
             records = [record for record, _ in results]
             seconds = round(time.perf_counter() - begin, 2)
@@ -137,8 +137,8 @@ def scores(model: torch.nn.Module, other: torch.nn.Module, tests: dict[str, Tens
 
 def write_linears(path: Path, settings: dict, records: list[Record]) -> None:
     """Appends what is known of every linear."""
-    names = ["model", "format", "method", "scales", "token_weights", "drift", "row_feedback", "seed"]
-    numbers = ["name", "error", "rtn_error", "held_out_error", "certificate", "moved_scales"]
+    names = ["model", "format", "method", "rule", "token_importance", "drift", "row_feedback", "seed"]
+    numbers = ["name", "error", "rtn_error", "validation_error", "certificate", "moved_scales"]
     fresh = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)

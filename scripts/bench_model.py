@@ -27,18 +27,18 @@ from transformers import LlamaConfig
 from ptq.calibrate.activations import default_batch
 from ptq.core.formats import get_format
 from ptq.cost.estimate import floor_seconds, operations, shape_of
-from ptq.data.text import HELD_OUT_SEQUENCES
+from ptq.data.text import VALIDATION_SEQUENCES
 from ptq.models.random import SHAPES, random_adapter, shape_config
-from ptq.run.config import DRIFTS, EFFORTS, WEIGHTS, make_config
+from ptq.run.config import DRIFTS, EFFORTS, IMPORTANCES, make_config
 from ptq.run.job import Job, do_layers
 from ptq.run.plan import make_plan
 from ptq.run.resume import Unfinished
 from ptq.runtime.clock import Clock, timed
-from ptq.runtime.distributed import Team, joined
+from ptq.runtime.distributed import Ranks, init_process_group
 
-PHASES = ("load", "weigh", "forward", "hessian", "drift", "factorization", "sweep", "report", "write", "communicate")
+PHASES = ("load", "importance", "forward", "hessian", "drift", "factorization", "sweep", "report", "write", "communicate")
 FIELDS = (
-    *("shape", "gpus", "format", "method", "scales", "token_weights", "drift", "row_feedback"),
+    *("shape", "gpus", "format", "method", "rule", "token_importance", "drift", "row_feedback"),
     *("layers", "sequences", "length", "batch", "deterministic"),
     *("seconds_total", *(f"{phase}_s" for phase in PHASES), "peak_gpu_gb", "peak_host_gb", "floor_seconds", "tflops"),
     *("gpu", "commit"),
@@ -51,8 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="only the first N layers")
     parser.add_argument("--format", default="nvfp4")
     parser.add_argument("--method", default="gptq")
-    parser.add_argument("--scales")
-    parser.add_argument("--token-weights", choices=WEIGHTS)
+    parser.add_argument("--rule")
+    parser.add_argument("--token-importance", choices=IMPORTANCES)
     parser.add_argument("--drift", choices=DRIFTS)
     parser.add_argument("--row-feedback", action="store_true")
     parser.set_defaults(**EFFORTS["default"])
@@ -77,7 +77,7 @@ def make_job(args: argparse.Namespace, config: LlamaConfig, sequences: int) -> J
     adapter = random_adapter(config, device)
     quantization = make_config(get_format(args.format), vars(args))
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config.vocab_size, (sequences + HELD_OUT_SEQUENCES, args.length), generator=generator)
+    tokens = torch.randint(0, config.vocab_size, (sequences + VALIDATION_SEQUENCES, args.length), generator=generator)
     plan = make_plan(adapter, quantization)
     return Job(
         adapter,
@@ -85,46 +85,46 @@ def make_job(args: argparse.Namespace, config: LlamaConfig, sequences: int) -> J
         plan,
         tokens[:sequences],
         device,
-        args.token_weights,
+        args.token_importance,
         batch=args.batch,
-        held_out=tokens[sequences:],
+        validation=tokens[sequences:],
     )
 
 
-def run(job: Job, team: Team, folder: Path) -> None:
-    with closing(Unfinished(folder / "out", {}, len(job.adapter.names), resume=False, team=team)) as unfinished:
-        do_layers(job, unfinished, team)
+def run(job: Job, ranks: Ranks, folder: Path) -> None:
+    with closing(Unfinished(folder / "out", {}, len(job.adapter.names), resume=False, ranks=ranks)) as unfinished:
+        do_layers(job, unfinished, ranks)
 
 
-def measure(args: argparse.Namespace, team: Team) -> dict:
+def measure(args: argparse.Namespace, ranks: Ranks) -> dict:
     """A row of the CSV."""
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(team.exchange(folder)[0])
-        run(make_job(args, shape_config(args.shape, 1), 8 * team.size), team, place / "short")
+        place = Path(ranks.all_gather_object(folder)[0])
+        run(make_job(args, shape_config(args.shape, 1), 8 * ranks.size), ranks, place / "short")
         job = make_job(args, shape_config(args.shape, args.layers), args.sequences)
         on_gpu = job.device.type == "cuda"
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        team.exchange(None)
+        ranks.all_gather_object(None)
         clock = Clock(job.device)
         begin = time.perf_counter()
         with timed(clock):
-            run(job, team, place / "whole")
+            run(job, ranks, place / "whole")
         if on_gpu:
             torch.cuda.synchronize()
-        team.exchange(None)
+        ranks.all_gather_object(None)
         total = time.perf_counter() - begin
-        if args.digest and team.rank == 0:
+        if args.digest and ranks.rank == 0:
             files = sorted((place / "whole").glob("**/*.safetensors"))
             print(hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest())
-    shape = shape_of(job.plan, job.adapter, args.sequences, args.length, job.config, job.weighing)
+    shape = shape_of(job.plan, job.adapter, args.sequences, args.length, job.config, job.importance)
     return {
         "seconds_total": round(total, 2),
         **{f"{name}_s": round(seconds, 3) for name, seconds in clock.seconds().items()},
         "peak_gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if on_gpu else "",
         "peak_host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
-        "floor_seconds": round(floor_seconds(shape) / team.size, 2),
+        "floor_seconds": round(floor_seconds(shape) / ranks.size, 2),
         "tflops": round(sum(operations(shape).values()) / total / 1e12, 1),
         "layers": len(job.adapter.names),
     }
@@ -134,11 +134,11 @@ def main() -> int:
     args = parse_arguments()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # of every first backward pass
-    with joined(torch.device(args.device), deterministic=args.deterministic) as team:
-        row = measure(args, team)
-    if team.rank:
+    with init_process_group(torch.device(args.device), deterministic=args.deterministic) as ranks:
+        row = measure(args, ranks)
+    if ranks.rank:
         return 0
-    row |= {"gpus": team.size} | {name: value for name, value in vars(args).items() if name in FIELDS and name not in row}
+    row |= {"gpus": ranks.size} | {name: value for name, value in vars(args).items() if name in FIELDS and name not in row}
     row["gpu"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
     fresh = not args.csv.exists()
     with args.csv.open("a", newline="") as file:

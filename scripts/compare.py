@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ptq.calibrate.importance import TokenWeights, keep_in, token_weights
+from ptq.calibrate.importance import TokenImportance, keep_in, token_importance
 from ptq.core.formats import FORMATS
 from ptq.data.text import all_windows, read_documents, sample_windows
 from ptq.eval.checkpoint import Loaded, bits_per_weight, load_any
@@ -53,16 +53,16 @@ class Case:
     """What to do, whose weights tokens have, and whether by itself on the layers quantized before."""
 
     config: QuantConfig
-    weighing: str
+    importance: str
     sequential: bool
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """For sequential cases: token ids, token weights by name, and the curvature by weighing and linear where rows want it."""
+    """For sequential cases: token ids, token weights by name, and the curvature by importance and linear where rows want it."""
 
     batches: tuple[Tensor, ...] = ()
-    weighings: Mapping[str, TokenWeights | None] = field(default_factory=dict)
+    importances: Mapping[str, TokenImportance | None] = field(default_factory=dict)
     curvatures: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
@@ -76,7 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--cases",
         nargs="+",
         default=CASES,
-        metavar="EFFORT|METHOD-SCALES-WEIGHTS[-half|-full][-rows][-frozen]",
+        metavar="EFFORT|METHOD-RULE-IMPORTANCE[-half|-full][-rows][-frozen]",
         help=f"default: {' '.join(CASES)}",
     )
     parser.add_argument("--block", type=int, metavar="N", help="weights a scale of int4")
@@ -107,7 +107,7 @@ def parse_case(name: str, case: str, args: argparse.Namespace) -> Case:
     """A case (ptq.run.config.settings_of) in the format `name`."""
     chosen = settings_of(case)
     config = make_config(named_format(name, args.block), chosen, args.damp)
-    return Case(config, chosen["token_weights"], args.sequential or config.drift > 0 or config.row_feedback)
+    return Case(config, chosen["token_importance"], args.sequential or config.drift > 0 or config.row_feedback)
 
 
 def run(args: argparse.Namespace) -> list[dict]:
@@ -191,20 +191,20 @@ def measure(
 def quantize(adapter: LlamaAdapter, case: Case, calibration: Calibration, args: argparse.Namespace) -> Iterator:
     """Quantizes the model in place, one item a linear."""
     if not case.sequential:
-        return quantize_from(adapter, args.output / "hessians", case.weighing, case.config)
-    weights, curvature = calibration.weighings[case.weighing], calibration.curvatures.get(case.weighing)
+        return quantize_from(adapter, args.output / "hessians", case.importance, case.config)
+    weights, curvature = calibration.importances[case.importance], calibration.curvatures.get(case.importance)
     return quantize_model(adapter, calibration.batches, case.config, weights, curvature if case.config.row_feedback else None)
 
 
 def calibrate(loaded: Loaded, documents: list[str], cases: Mapping[str, Case], args: argparse.Namespace) -> Calibration:
     """What the sequential cases need; the Hessians of the others are stored unless they are there already."""
-    shared = sorted({case.weighing for case in cases.values() if not case.sequential})
+    shared = sorted({case.importance for case in cases.values() if not case.sequential})
     noted = args.output / "hessians" / "settings.json"
     names = ("calibration", "sequences", "length", "seed", "model")
     depends = {name: str(getattr(args, name)) for name in names} | {"files": [stamp(args.model), stamp(args.calibration)]}
     there = json.loads(noted.read_text()) if noted.is_file() else {}
-    to_store = [] if there.get("depends") == depends and set(shared) <= set(there["weighings"]) else shared
-    wanted = sorted({case.weighing for case in cases.values() if case.sequential} | set(to_store))
+    to_store = [] if there.get("depends") == depends and set(shared) <= set(there["importances"]) else shared
+    wanted = sorted({case.importance for case in cases.values() if case.sequential} | set(to_store))
     if not wanted:
         return Calibration()
     windows = all_windows(
@@ -215,20 +215,20 @@ def calibrate(loaded: Loaded, documents: list[str], cases: Mapping[str, Case], a
     batches = tokens.split(max(1, TOKENS_AT_ONCE // args.length))
     adapter = LlamaAdapter(loaded.model)
     seeds = {"text": None, "sampled": args.seed}
-    curvatures: dict[str, dict[str, Tensor]] = {case.weighing: {} for case in cases.values() if case.config.row_feedback}
-    weighings: dict[str, TokenWeights | None] = {"none": None}
+    curvatures: dict[str, dict[str, Tensor]] = {case.importance: {} for case in cases.values() if case.config.row_feedback}
+    importances: dict[str, TokenImportance | None] = {"none": None}
     for name in set(wanted) - {"none"}:
         keep = keep_in(curvatures[name]) if name in curvatures else None
-        weighings[name] = token_weights(adapter, batches, seed=seeds[name], curvature=keep)
+        importances[name] = token_importance(adapter, batches, seed=seeds[name], curvature=keep)
     if to_store:
         noted.parent.mkdir(parents=True, exist_ok=True)
         noted.unlink(missing_ok=True)
-        stored = {name: weighings[name] for name in to_store}
+        stored = {name: importances[name] for name in to_store}
         store_hessians(
             adapter, batches, stored, noted.parent, lambda layers: tqdm(layers, "Hessians", unit="layer", disable=None)
         )
-        write(noted, json.dumps({"depends": depends, "weighings": to_store}))
-    return Calibration(batches, weighings, curvatures)
+        write(noted, json.dumps({"depends": depends, "importances": to_store}))
+    return Calibration(batches, importances, curvatures)
 
 
 def main(argv: list[str] | None = None) -> int:

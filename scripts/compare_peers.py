@@ -59,8 +59,8 @@ def llm_compressor(recipe: str) -> Recipe:
 
 STATIC = "its static NVFP4 quantizers are Triton kernels that it imports only where there is a CUDA device"
 RECIPES = {
-    "ptq-nvfp4-rtn": ours("--method", "rtn", "--scales", "absmax"),
-    "ptq-nvfp4-rtn-local": ours("--method", "rtn", "--scales", "local"),
+    "ptq-nvfp4-rtn": ours("--method", "rtn", "--rule", "absmax"),
+    "ptq-nvfp4-rtn-local": ours("--method", "rtn", "--rule", "local"),
     "ptq-nvfp4-fast": ours("--effort", "fast"),
     "ptq-nvfp4": ours(),
     "ptq-nvfp4-best": ours("--effort", "best"),

@@ -16,8 +16,8 @@ Row = dict[str, str]
 
 def method(row: Row) -> str:
     """What was done, in words."""
-    words = [row["method"].upper(), row["scales"]] + ["frozen"] * (row.get("frozen") == "True")
-    words += ["weighted"] * (row["token_weights"] != "none")
+    words = [row["method"].upper(), row["rule"]] + ["frozen"] * (row.get("frozen") == "True")
+    words += ["weighted"] * (row["token_importance"] != "none")
     words += [f"drift {row['drift']}"] * (row["drift"] != "none")
     return " ".join(words + ["rows"] * (row["row_feedback"] == "True"))
 
@@ -41,7 +41,7 @@ def draw_layers(axis: Axes, rows: list[Row], model: str) -> None:
     for row in rows:
         last = row["name"].endswith("down_proj")
         if last and (row["model"], row["format"], row["seed"]) == (model, "nvfp4", "0"):
-            found[method(row)].append(float(row["held_out_error"]))
+            found[method(row)].append(float(row["validation_error"]))
     for name, errors in found.items():
         axis.plot(errors, "o-", markersize=3, label=name)
     axis.set(ylim=(0, None), title=f"{model}: down_proj, held out", xlabel="layer", ylabel="‖ŷ - y‖ / ‖y‖")

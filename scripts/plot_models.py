@@ -21,7 +21,7 @@ def main() -> int:
     source, target = sys.argv[1:]
     with open(source, newline="") as file:
         rows = list(csv.DictReader(file))
-    kept = {"format": "nvfp4", "drift": "full", "token_weights": "none", "deterministic": "False"}  # --effort default
+    kept = {"format": "nvfp4", "drift": "full", "token_importance": "none", "deterministic": "False"}  # --effort default
     rows = [row for row in rows if all(row[name] == value for name, value in kept.items())]
     rows = list(
         {tuple(row[name] for name in ("shape", "gpus", "layers", "sequences")): row for row in rows}.values()

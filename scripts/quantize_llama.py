@@ -34,26 +34,26 @@ from ptq.core.formats import FORMATS, get_format
 from ptq.core.scales import RULES
 from ptq.cost.estimate import disk_bytes, shape_of
 from ptq.cost.preview import make_preview
-from ptq.data.text import HELD_OUT_SEQUENCES, all_windows, read_documents, sample_windows
+from ptq.data.text import VALIDATION_SEQUENCES, all_windows, read_documents, sample_windows
 from ptq.eval.perplexity import Score, evaluate
 from ptq.export.checkpoint import DTYPE, ReadBackError, check_output, layers_that_fit, save_text, verify, write_rest
 from ptq.methods import METHODS
 from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import check_fit, load_model, open_model, quiet
-from ptq.run.config import DRIFTS, EFFORTS, WEIGHTS, QuantConfig, make_config
+from ptq.run.config import DRIFTS, EFFORTS, IMPORTANCES, QuantConfig, make_config
 from ptq.run.job import Job, do_layers
 from ptq.run.loop import quantize_model
 from ptq.run.plan import make_plan, with_block
 from ptq.run.resume import Unfinished, fingerprint, unfinished_folder
 from ptq.run.solve import CertificateError, Record
 from ptq.run.summary import summary
-from ptq.runtime.distributed import joined, local_device
+from ptq.runtime.distributed import init_process_group, local_device
 
 PLACES = {"auto": None, "device": False, "host": True}
 VERIFY_TOKENS = 128
-SETTINGS = ("format", "method", "effort", "scales", "token_weights", "drift", "row_feedback", "damp", "ignore")
+SETTINGS = ("format", "method", "effort", "rule", "token_importance", "drift", "row_feedback", "damp", "ignore")
 BYTES_DEPEND_ON = (*SETTINGS, "seed", "dtype", "deterministic")
-SETTINGS += ("calibration", "sequences", "held_out", "length", "seed", "evaluate", "windows")
+SETTINGS += ("calibration", "sequences", "validation", "length", "seed", "evaluate", "windows")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -68,10 +68,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="default",
         help="what gptq does where the next four do not say: fast, default or best (README has a table)",
     )
-    how.add_argument("--scales", choices=RULES, help="how block scales are chosen (rtn: local)")
+    how.add_argument("--rule", choices=RULES, help="how block scales are chosen (rtn: local)")
     how.add_argument(
-        "--token-weights",
-        choices=WEIGHTS,
+        "--token-importance",
+        choices=IMPORTANCES,
         help="what tokens count for: all the same, or by the loss gradient, of the text or of labels the model draws",
     )
     how.add_argument("--drift", choices=DRIFTS, help="how much of what earlier layers lost each linear makes good")
@@ -90,7 +90,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--length", type=int, default=1024, metavar="N", help="tokens a sequence or window (default: %(default)s)"
     )
     about = "more sequences, to measure every linear on (default: %(default)s)"
-    text.add_argument("--held-out", type=int, default=HELD_OUT_SEQUENCES, metavar="N", help=about)
+    text.add_argument("--validation", type=int, default=VALIDATION_SEQUENCES, metavar="N", help=about)
     text.add_argument("--seed", type=int, default=0, help="which sequences are drawn (default: %(default)s)")
     result = parser.add_argument_group("result")
     result.add_argument("--output", type=Path, metavar="DIR", help="write a checkpoint there; it must not exist")
@@ -113,15 +113,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.sequences is None:
         args.sequences = 64 if args.calibration == "builtin" else 128
-    rtn = {"scales": "local", "token_weights": "none", "drift": "none", "row_feedback": False}
+    rtn = {"rule": "local", "token_importance": "none", "drift": "none", "row_feedback": False}
     for name, value in (EFFORTS[args.effort] if args.method == "gptq" else rtn).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in ("sequences", "windows", "length", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < (2 if name == "length" else 1):
             parser.error(f"--{name} {getattr(args, name)}: too few")
-    if args.held_out < 0:
-        parser.error(f"--held-out {args.held_out}: 0 or more")
+    if args.validation < 0:
+        parser.error(f"--validation {args.validation}: 0 or more")
     if args.output is None and args.evaluate is None and not args.plan:
         parser.error("nothing to do: give --output, --evaluate or both, or --plan")
     return args
@@ -135,24 +135,24 @@ def run(args: argparse.Namespace) -> dict | str | None:
     if args.plan:
         return preview(args)
     args.device = local_device(args.device)
-    job, tokenizer, held_out, about = prepare(args)
+    job, tokenizer, eval_windows, about = prepare(args)
     size = job.plan.checkpoint_bytes(job.adapter.parameters(), job.config.format)
     with ExitStack() as at_the_end:
         output = (args.output or Path(at_the_end.enter_context(tempfile.TemporaryDirectory())) / "checkpoint").absolute()
-        with joined(job.device, deterministic=args.deterministic) as team:
+        with init_process_group(job.device, deterministic=args.deterministic) as ranks:
             for part, value in about.items():
-                team.check_same("calibration set" if part == "calibration" else part, value)
-            if team.rank == 0 and not unfinished_folder(output).exists():
-                work = shape_of(job.plan, job.adapter, len(job.calibration), args.length, job.config, job.weighing)
+                ranks.check_same("calibration set" if part == "calibration" else part, value)
+            if ranks.rank == 0 and not unfinished_folder(output).exists():
+                work = shape_of(job.plan, job.adapter, len(job.calibration), args.length, job.config, job.importance)
                 check_output(output, int(1.05 * (size + disk_bytes(work))) + 2**24)
-            unfinished = Unfinished(output, about, len(job.adapter.names), resume=args.resume, team=team)
+            unfinished = Unfinished(output, about, len(job.adapter.names), resume=args.resume, ranks=ranks)
             at_the_end.callback(unfinished.close)
-            with bars(job, hidden=team.rank > 0) as progress:
-                do_layers(job, unfinished, team, progress)
-        if team.rank:
+            with bars(job, hidden=ranks.rank > 0) as progress:
+                do_layers(job, unfinished, ranks, progress)
+        if ranks.rank:
             return None
-        # One process is enough for the rest, and compressed-tensors would wait for the others if they were still joined.
-        report = finish(args, job, tokenizer, held_out, unfinished)
+        # One process is enough for the rest, and compressed-tensors would wait for the others if the group were still there.
+        report = finish(args, job, tokenizer, eval_windows, unfinished)
         report |= {"bytes": size, "seconds": time.perf_counter() - begin}
         save_text(unfinished.checkpoint / "report.json", json.dumps(report, indent=1) + "\n")
         unfinished.finish()
@@ -165,7 +165,7 @@ def preview(args: argparse.Namespace) -> str:
         adapter, _, _ = open_model(args.model, dtype=model_dtype(args), device="cpu")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     return make_preview(
-        adapter, quantization(args), args.sequences, args.length, args.token_weights,
+        adapter, quantization(args), args.sequences, args.length, args.token_importance,
         batch=args.batch, on_host=PLACES[args.activations], ranks=ranks, output=args.output or Path("output"),
     ).text()  # fmt: skip
 
@@ -186,13 +186,13 @@ def prepare(args: argparse.Namespace) -> tuple[Job, PreTrainedTokenizerBase, Ten
     with quiet():
         adapter, tokenizer, files = open_model(args.model, dtype=model_dtype(args), device=args.device)
     plan = make_plan(adapter, config)
-    calibration, apart, held_out = token_windows(args, texts, adapter.model, tokenizer)
+    calibration, validation, eval_windows = token_windows(args, texts, adapter.model, tokenizer)
     device = torch.device(args.device)
     settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {"block": config.format.block, "device": device.type}
     batch = args.batch or default_batch(adapter.config.hidden_size, args.length, device)
     place = PLACES[args.activations]
-    job = Job(adapter, config, plan, calibration, device, args.token_weights, args.seed, batch, place, apart)
-    return job, tokenizer, held_out, fingerprint(files, calibration, settings)
+    job = Job(adapter, config, plan, calibration, device, args.token_importance, args.seed, batch, place, validation)
+    return job, tokenizer, eval_windows, fingerprint(files, calibration, settings)
 
 
 @contextmanager
@@ -213,7 +213,7 @@ def bars(job: Job, *, hidden: bool) -> Iterator[Callable[[str, str], None]]:
 
 
 def finish(
-    args: argparse.Namespace, job: Job, tokenizer: PreTrainedTokenizerBase, held_out: Tensor | None, unfinished: Unfinished
+    args: argparse.Namespace, job: Job, tokenizer: PreTrainedTokenizerBase, eval_windows: Tensor | None, unfinished: Unfinished
 ) -> dict:
     """Writes what is not in a layer, has transformers read all of it back, and compares; returns the report."""
     folder, config = unfinished.checkpoint, job.config
@@ -225,7 +225,7 @@ def finish(
     if difference:
         raise ReadBackError(f"the checkpoint reads back with logits {difference:.3g} away from the model it was made of")
     label = config.method if config.method == "gptq" or config.rule == "absmax" else f"{config.method}-{config.rule}"
-    report = describe(args, config, unfinished.records(), compare(args, config, folder, label, held_out))
+    report = describe(args, config, unfinished.records(), compare(args, config, folder, label, eval_windows))
     return report | {"reload_max_abs_diff": difference, "reload_layers": layers}
 
 
@@ -238,9 +238,9 @@ def token_windows(
         for source, documents in texts.items()
     }
     check_fit(max(int(tokens.max()) for tokens in windows.values()), model, args.model)
-    drawn = sample_windows(windows[args.calibration], args.sequences, args.seed, args.calibration, held_out=args.held_out)
-    apart = drawn[args.sequences :] if args.held_out else None
-    return drawn[: args.sequences], apart, windows[args.evaluate][: args.windows] if args.evaluate else None
+    drawn = sample_windows(windows[args.calibration], args.sequences, args.seed, args.calibration, validation=args.validation)
+    validation = drawn[args.sequences :] if args.validation else None
+    return drawn[: args.sequences], validation, windows[args.evaluate][: args.windows] if args.evaluate else None
 
 
 def describe(args: argparse.Namespace, config: QuantConfig, records: list[Record], scores: dict[str, Score]) -> dict:
@@ -264,18 +264,18 @@ def rounded(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
 
 
 def compare(
-    args: argparse.Namespace, config: QuantConfig, folder: Path, label: str, held_out: Tensor | None
+    args: argparse.Namespace, config: QuantConfig, folder: Path, label: str, eval_windows: Tensor | None
 ) -> dict[str, Score]:
     """Scores of the original, of RTN with absmax scales, and of the checkpoint as transformers loads it, all in one dtype."""
-    if held_out is None:
+    if eval_windows is None:
         return {}
     with quiet():
         original, _ = load_model(args.model, dtype=model_dtype(args), device=args.device)
         checkpoint = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE, attn_implementation="sdpa").to(args.device)
-        checkpoint.eval()(held_out[:1, :2].to(args.device))  # weights are unpacked at the first forward
+        checkpoint.eval()(eval_windows[:1, :2].to(args.device))  # weights are unpacked at the first forward
         checkpoint.to(dtype=original.dtype)  # type: ignore[call-arg]
     models = {"original": original, "rtn": rounded(copy.deepcopy(original), config), label: checkpoint}
-    return evaluate(models, tqdm(held_out, "evaluate", unit="window", disable=None))
+    return evaluate(models, tqdm(eval_windows, "evaluate", unit="window", disable=None))
 
 
 def main(argv: list[str] | None = None) -> int:

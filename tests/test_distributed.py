@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ptq.export.checkpoint import shard_name
-from ptq.runtime.distributed import Team, assign, share_rows
+from ptq.runtime.distributed import Ranks, assign, shard_rows
 
 from .conftest import ROOT
 from .test_script import main  # noqa: F401  # a fixture
@@ -68,7 +68,7 @@ def test_two_ranks_find_what_one_does(main, tmp_path, arguments, effort):  # noq
     one, two = (json.loads((tmp_path / ranks / "report.json").read_text())["linears"] for ranks in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a["tokens"] == b["tokens"] and a["dead_inputs"] == b["dead_inputs"] and a["name"] == b["name"]
-        for name in ("error", "rtn_error", "held_out_error", "moved_scales"):
+        for name in ("error", "rtn_error", "validation_error", "moved_scales"):
             assert a[name] == pytest.approx(b[name], rel=0.1), (a["name"], name)
         assert b["certificate"] < 1e-3
 
@@ -109,21 +109,21 @@ def process_of_rank(rank: int, parent: int) -> int:
 @pytest.mark.parametrize("sequences", [8, 13, 128])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_ranks_share_the_sequences_in_groups_that_do_not_depend_on_them(sequences, size):
-    teams = [Team(rank, size) for rank in range(size)]
-    groups = [group for team in teams for group in team.groups(sequences)]
+    teams = [Ranks(rank, size) for rank in range(size)]
+    groups = [group for ranks in teams for group in ranks.groups(sequences)]
     assert [i for group in groups for i in range(sequences)[group]] == list(range(sequences))
-    for team in teams:
-        share = team.share(sequences)
-        assert team.local_groups(sequences)[-1].stop == share.stop - share.start
+    for ranks in teams:
+        share = ranks.shard(sequences)
+        assert ranks.local_groups(sequences)[-1].stop == share.stop - share.start
     if size != 3:
-        assert groups == Team().groups(sequences)
+        assert groups == Ranks().groups(sequences)
 
 
 def test_what_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="1 calibration sequences are too few to divide into 2 parts"):
-        Team(0, 2).share(1)
+        Ranks(0, 2).share(1)
     with pytest.raises(ValueError, match="--deterministic works on 1, 2, 4 or 8 ranks, not 3"):
-        Team(0, 3, deterministic=True)
+        Ranks(0, 3, deterministic=True)
 
 
 def test_work_goes_to_the_rank_with_the_least():
@@ -132,22 +132,22 @@ def test_work_goes_to_the_rank_with_the_least():
 
 
 def test_rows_are_shared_where_there_are_fewer_stages_than_ranks():
-    stage, team = (10, 4), Team(0, 4)
-    assert share_rows([stage], team, divisible=True) == [[range(0, 2), range(2, 5), range(5, 7), range(7, 10)]]
+    stage, ranks = (10, 4), Ranks(0, 4)
+    assert shard_rows([stage], ranks, divisible=True) == [[range(0, 2), range(2, 5), range(5, 7), range(7, 10)]]
     whole = [range(10), range(0), range(0), range(0)]
-    assert share_rows([stage], team, divisible=False) == [whole]
-    assert share_rows([stage], Team(0, 4, deterministic=True), divisible=True) == [whole]
-    assert share_rows([stage] * 2, Team(0, 2), divisible=True) == [[range(10), range(0)], [range(0), range(10)]]
-    assert share_rows([stage], Team(), divisible=True) == [[range(10)]]
-    assert share_rows([(3, 4)], team, divisible=True) == [[range(3), range(0), range(0), range(0)]]
+    assert shard_rows([stage], ranks, divisible=False) == [whole]
+    assert shard_rows([stage], Ranks(0, 4, deterministic=True), divisible=True) == [whole]
+    assert shard_rows([stage] * 2, Ranks(0, 2), divisible=True) == [[range(10), range(0)], [range(0), range(10)]]
+    assert shard_rows([stage], Ranks(), divisible=True) == [[range(10)]]
+    assert shard_rows([(3, 4)], ranks, divisible=True) == [[range(3), range(0), range(0), range(0)]]
 
 
 def test_alone_nothing_is_exchanged():
-    team, tensor = Team(), torch.ones(3)
-    team.sum_to(tensor, 0)
-    team.send(tensor, 0)
+    ranks, tensor = Ranks(), torch.ones(3)
+    ranks.reduce(tensor, 0)
+    ranks.broadcast(tensor, 0)
     assert (
-        torch.equal(team.collect(tensor, 3), torch.ones(3))
-        and team.exchange("x") == ["x"]
-        and team.total(2, tensor.device) == 2
+        torch.equal(ranks.all_gather(tensor, 3), torch.ones(3))
+        and ranks.all_gather_object("x") == ["x"]
+        and ranks.all_reduce_value(2, tensor.device) == 2
     )

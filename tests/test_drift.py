@@ -11,8 +11,8 @@ import torch
 from ptq.calibrate.collect import look
 from ptq.calibrate.drift import Drift
 from ptq.calibrate.hessian import Hessian
-from ptq.calibrate.hooks import watch_linears
-from ptq.calibrate.validation import HeldOut
+from ptq.calibrate.hooks import observe_outputs
+from ptq.calibrate.validation import Validation
 from ptq.models.llama import FAMILIES, LlamaAdapter
 from ptq.run.config import DRIFTS, QuantConfig
 from ptq.run.loop import quantize_model
@@ -127,23 +127,23 @@ def test_nothing_of_a_finished_layer_waits_for_the_garbage_collector(monkeypatch
         gc.enable()
 
 
-def test_held_out_errors_are_those_of_the_outputs():
-    original, held_out = tiny_model(), tokens(3)
+def test_validation_errors_are_those_of_the_outputs():
+    original, validation = tiny_model(), tokens(3)
     model = copy.deepcopy(original)
-    results = quantize_model(LlamaAdapter(model), tokens().split(2), QuantConfig(drift=1.0), held_out=held_out)
-    records = {record.name: record.held_out_error for record, _ in results}
+    results = quantize_model(LlamaAdapter(model), tokens().split(2), QuantConfig(drift=1.0), validation=validation)
+    records = {record.name: record.validation_error for record, _ in results}
     name = "model.layers.1.mlp.up_proj"
     outputs = []
     for one in (original, model):
-        with torch.no_grad(), watch_linears([one.get_submodule(name)], lambda _, x, y: outputs.append(y)):
-            one(held_out)
+        with torch.no_grad(), observe_outputs([one.get_submodule(name)], lambda _, x, y: outputs.append(y)):
+            one(validation)
     assert records[name] == pytest.approx(float((outputs[1] - outputs[0]).norm() / outputs[0].norm()), rel=1e-5)
     assert len(records) == 14 and all(error is not None and error > 0 for error in records.values())
 
 
-def test_an_unchanged_layer_has_no_held_out_error():
+def test_an_unchanged_layer_has_no_validation_error():
     adapter = LlamaAdapter(tiny_model())
-    watch = HeldOut(adapter, tokens(2))
+    watch = Validation(adapter, tokens(2))
     for _, layer in adapter.layers():
         watch.before(layer)
         assert set(watch.after(layer).values()) == {0.0}

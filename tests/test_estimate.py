@@ -25,19 +25,19 @@ MEASURED = [
     if row["commit"] in ("9f16ffc", "816dc82", "9231550", "5551677") or (row["commit"] == "72251fa" and row["gpus"] == "1")
     if row["format"] == "nvfp4" and (row["row_feedback"] == "False" or row["commit"] == "5551677")
 ]
-NAMED = ("commit", "shape", "layers", "sequences", "gpus", "scales", "token_weights", "drift", "row_feedback")
+NAMED = ("commit", "shape", "layers", "sequences", "gpus", "rule", "token_importance", "drift", "row_feedback")
 
 
-def shape(name, layers, sequences=128, length=2048, weighing="sampled", drift="none", rows=False):
+def shape(name, layers, sequences=128, length=2048, importance="sampled", drift="none", rows=False):
     adapter = random_adapter(shape_config(name, layers), torch.device("cpu"))
     config = QuantConfig(rule="joint", row_feedback=rows, **DRIFTS[drift])
-    return shape_of(make_plan(adapter, config), adapter, sequences, length, config, weighing)
+    return shape_of(make_plan(adapter, config), adapter, sequences, length, config, importance)
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: "-".join(row[key] for key in NAMED))
 def test_estimates_are_near_what_was_measured(row):
     size = (int(row["layers"]), int(row["sequences"]), int(row["length"]))
-    found = shape(row["shape"], *size, row["token_weights"], row["drift"], row["row_feedback"] == "True")
+    found = shape(row["shape"], *size, row["token_importance"], row["drift"], row["row_feedback"] == "True")
     total, gpus = float(row["seconds_total"]), int(row["gpus"])
     assert total / 1.3 < sum(seconds(found, gpus).values()) < total * 1.3
     assert floor_seconds(found) / gpus == pytest.approx(float(row["floor_seconds"]), abs=0.01)

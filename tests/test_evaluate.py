@@ -13,7 +13,7 @@ from ptq.eval.checkpoint import gguf_bits, load_any
 from .conftest import ROOT, SMOLLM2
 from .tiny import TEXT, WORDS, save_tiny, tiny_tokenizer
 
-WEIGHTS = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+IMPORTANCES = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
 
 
 def module_of(name: str):
@@ -117,7 +117,7 @@ def test_the_first_models_logits_are_computed_once(script, job, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "format, bits", [("nvfp4", 4.5 + 32 * 14 / WEIGHTS), ("mxfp4", 4.25), ("int4", 4.5 + 128 * 14 / WEIGHTS)]
+    "format, bits", [("nvfp4", 4.5 + 32 * 14 / IMPORTANCES), ("mxfp4", 4.25), ("int4", 4.5 + 128 * 14 / IMPORTANCES)]
 )
 def test_quantized_checkpoints_count_their_scales(script, job, format, bits):
     """NVFP4 stores a tensor scale of 32 bits for each linear, INT4 its shape in 128 bits."""

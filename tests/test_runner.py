@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ptq.calibrate.hessian import Hessian
-from ptq.calibrate.hooks import watch_linears
-from ptq.calibrate.importance import token_weights
+from ptq.calibrate.hooks import observe_outputs
+from ptq.calibrate.importance import token_importance
 from ptq.core.formats import INT4_G128, MXFP4, NVFP4
 from ptq.models.llama import LlamaAdapter
 from ptq.run.config import QuantConfig
@@ -59,7 +59,7 @@ def test_records_equal_a_computation_from_scratch(dtype):
         hidden[i] = adapter.forward(layer0, x)
     old = original.model.layers[1]
     seen: list[torch.Tensor] = []
-    with torch.no_grad(), watch_linears([old.mlp.down_proj], lambda _, x, y: seen.append(x)):
+    with torch.no_grad(), observe_outputs([old.mlp.down_proj], lambda _, x, y: seen.append(x)):
         for x in hidden:
             adapter.forward(old, x)
     X = torch.cat(seen).flatten(0, 1).double()
@@ -98,7 +98,7 @@ def test_hooks_are_gone_after_an_exception():
     def fail(*_):
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"), watch_linears([model.model.layers[0].mlp.down_proj], fail):
+    with pytest.raises(RuntimeError, match="stop"), observe_outputs([model.model.layers[0].mlp.down_proj], fail):
         model(tokens(1))
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -219,9 +219,9 @@ def test_out_of_memory_halves_the_batch_once_and_says_so():
     with pytest.warns(UserWarning, match="out of memory in phase 'forward': going on with 2 sequences at once"):
         done = [q.codes for _, q in quantize_model(SmallDevice(tiny_model()), batches, CONFIGS[0])]
     assert all(torch.equal(a, b) for a, b in zip(done, expected, strict=True))
-    with pytest.warns(UserWarning, match="phase 'weigh'"):
-        weights = token_weights(SmallDevice(tiny_model()), batches, segment=1)
-    plain = token_weights(LlamaAdapter(tiny_model()), tokens(6).split(2), segment=1)
+    with pytest.warns(UserWarning, match="phase 'importance'"):
+        weights = token_importance(SmallDevice(tiny_model()), batches, segment=1)
+    plain = token_importance(LlamaAdapter(tiny_model()), tokens(6).split(2), segment=1)
     assert all(torch.equal(torch.cat(weights[name]), torch.cat(plain[name])) for name in plain)
 
 

@@ -8,7 +8,7 @@ from einops import rearrange
 
 from ptq.core.formats import INT4_G128, MXFP4, NVFP4, scale_values
 from ptq.core.linalg import block_diagonal, damped, inverse_factor
-from ptq.core.scales import RULES, choose_scales, feed_forward, search
+from ptq.core.scales import RULES, choose_scales, round_with_feedback, search
 
 SEARCHES = ["mse", "local", "schur", "joint"]
 FORMATS = [NVFP4, replace(NVFP4, block=32), MXFP4, replace(MXFP4, block=16)]
@@ -102,7 +102,7 @@ def test_loss_of_the_recursion_is_the_quadratic_form_of_its_result():
     """The loss identity inside a block, on which the pruning of `joint` rests."""
     x, _, U = problem("outliers", NVFP4, 1.0)
     s = choose_scales(x.float(), NVFP4, "absmax").double()
-    q, E = feed_forward(x, s, U, NVFP4.elements)
+    q, E = round_with_feedback(x, s, U, NVFP4.elements)
     delta = x - s[..., None] * q
     M = torch.linalg.inv(U.mT @ U)
     assert torch.allclose((E**2).sum(-1), ((delta @ M) * delta).sum(-1), rtol=1e-8)

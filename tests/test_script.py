@@ -40,10 +40,10 @@ def job(tmp_path):
     "options, label",
     [
         (["--format", "nvfp4"], "gptq"),
-        (["--format", "nvfp4", "--token-weights", "sampled", "--drift", "none", "--dtype", "bfloat16"], "gptq"),
-        (["--format", "mxfp4", "--method", "rtn", "--scales", "local"], "rtn-local"),
-        (["--format", "int4", "--block", "32", "--scales", "mse"], "gptq"),
-        (["--format", "nvfp4", "--dtype", "bfloat16", "--method", "rtn", "--scales", "absmax"], "rtn"),
+        (["--format", "nvfp4", "--token-importance", "sampled", "--drift", "none", "--dtype", "bfloat16"], "gptq"),
+        (["--format", "mxfp4", "--method", "rtn", "--rule", "local"], "rtn-local"),
+        (["--format", "int4", "--block", "32", "--rule", "mse"], "gptq"),
+        (["--format", "nvfp4", "--dtype", "bfloat16", "--method", "rtn", "--rule", "absmax"], "rtn"),
     ],
 )
 def test_a_whole_run(main, job, capsys, options, label):
@@ -54,7 +54,7 @@ def test_a_whole_run(main, job, capsys, options, label):
     assert {"original", "rtn", label} <= report.keys()
     assert all(report[name]["tokens"] == 4 * 63 and report[name]["window"] == 64 for name in ("original", "rtn", label))
     assert report["original"]["kl"] == 0 < report[label]["kl"]
-    assert report["settings"]["token_weights"] == ("sampled" if "sampled" in options else "none")
+    assert report["settings"]["token_importance"] == ("sampled" if "sampled" in options else "none")
     assert report["settings"]["drift"] == ("full" if label == "gptq" and "none" not in options else "none")
     printed = capsys.readouterr().out
     assert "token ppl" in printed and "max |logit difference| = 0" in printed
@@ -92,7 +92,7 @@ def one_line_error(main, arguments, capsys) -> str:
         (["{model}", "--ignore", "nothing"], "matches no linear"),
         (["{model}", "--block", "32"], "nvfp4 checkpoints have blocks of 16"),
         (["{model}", "--damp", "-1"], "damp must be positive"),
-        (["{model}", "--method", "rtn", "--scales", "joint"], "which method rtn has none of"),
+        (["{model}", "--method", "rtn", "--rule", "joint"], "which method rtn has none of"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_leaves_nothing(main, job, capsys, tmp_path, replaced, message):
@@ -167,7 +167,7 @@ def test_babyllama_loses_half_as_much_as_rtn(main, shared, tmp_path):
     for name, part in (("calibration", stories[:3]), ("test", stories[3:5])):
         (tmp_path / f"{name}.txt").write_text("".join(part))
     arguments = [str(shared / "babyllama-tok105"), "--calibration", str(tmp_path / "calibration.txt"), "--length", "128"]
-    arguments += ["--sequences", "12", "--held-out", "2"]
+    arguments += ["--sequences", "12", "--validation", "2"]
     arguments += ["--evaluate", str(tmp_path / "test.txt"), "--output", str(tmp_path / "out")]
     assert main(arguments) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())

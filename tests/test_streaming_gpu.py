@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 
 from ptq.calibrate.activations import embed_all, propagate
 from ptq.calibrate.collect import collect_hessians
-from ptq.calibrate.importance import descend, token_weights
+from ptq.calibrate.importance import descend, token_importance
 from ptq.models.random import random_adapter
 from ptq.run.config import QuantConfig
 from ptq.run.loop import quantize_model, stages_of
@@ -50,7 +50,7 @@ def test_no_loop_over_batches_waits_for_the_device():
 def test_hidden_states_on_the_host_change_nothing():
     adapter = random_adapter(CONFIG, torch.device("cuda"))
     batches = TOKENS.cuda().split(3)
-    here, there = (token_weights(adapter, batches, seed=0, on_host=on_host, segment=2) for on_host in (False, True))
+    here, there = (token_importance(adapter, batches, seed=0, on_host=on_host, segment=2) for on_host in (False, True))
     for name, weights in here.items():
         # the backward pass of attention adds in no fixed order, in bfloat16
         assert torch.allclose(torch.cat(weights), torch.cat(there[name]), rtol=0.1, atol=1e-2 * float(torch.cat(weights).max()))

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from ptq.calibrate.hessian import Hessian
-from ptq.calibrate.hooks import watch_linears
-from ptq.calibrate.importance import token_weights
+from ptq.calibrate.hooks import observe_outputs
+from ptq.calibrate.importance import token_importance
 from ptq.models.llama import LlamaAdapter
 from ptq.run.config import QuantConfig
 from ptq.run.loop import quantize_model
@@ -16,7 +16,7 @@ TOKENS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(5
 
 def test_equal_one_backward_pass_through_the_whole_model():
     model = tiny_model("qwen2")
-    weights = token_weights(LlamaAdapter(model), TOKENS.split(3))
+    weights = token_importance(LlamaAdapter(model), TOKENS.split(3))
     outputs = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "layers" in name:
@@ -34,7 +34,7 @@ def test_equal_one_backward_pass_through_the_whole_model():
 
 def test_sampled_labels_follow_their_seed():
     adapter = LlamaAdapter(tiny_model())
-    first, again, other = (token_weights(adapter, TOKENS.split(2), seed=seed) for seed in (0, 0, 1))
+    first, again, other = (token_importance(adapter, TOKENS.split(2), seed=seed) for seed in (0, 0, 1))
     for name, batches in first.items():
         assert all(torch.equal(a, b) for a, b in zip(batches, again[name], strict=True))
         assert not torch.equal(batches[0], other[name][0])
@@ -42,7 +42,7 @@ def test_sampled_labels_follow_their_seed():
 
 def test_no_gradient_and_no_hook_stays_behind():
     model = tiny_model()
-    token_weights(LlamaAdapter(model), TOKENS.split(2))
+    token_importance(LlamaAdapter(model), TOKENS.split(2))
     assert all(p.grad is None for p in model.parameters()) and not any(m._forward_hooks for m in model.modules())
 
 
@@ -63,7 +63,7 @@ def test_weights_reach_the_solve():
     """Tokens of weight zero might as well not be there."""
     config = QuantConfig(rule="local")
     parts = TOKENS.split(2)
-    ones = token_weights(LlamaAdapter(tiny_model()), parts)
+    ones = token_importance(LlamaAdapter(tiny_model()), parts)
     first_only = {name: [torch.ones(2, 24), torch.zeros(2, 24)] for name in ones}
     weighted = [q.codes for _, q in quantize_model(LlamaAdapter(tiny_model()), parts, config, first_only)]
     alone = [q.codes for _, q in quantize_model(LlamaAdapter(tiny_model()), parts[:1], config)]
@@ -74,12 +74,12 @@ def test_curvature_is_the_sum_of_outer_products_of_the_gradients():
     model = tiny_model()
     batches = TOKENS.split(2)
     curvature: dict[str, torch.Tensor] = {}
-    token_weights(LlamaAdapter(model), batches, segment=1, curvature=curvature.__setitem__)
+    token_importance(LlamaAdapter(model), batches, segment=1, curvature=curvature.__setitem__)
     name = "model.layers.0.self_attn.k_proj"
     expected = torch.zeros(32, 32)
     for batch in batches:
         kept: list[torch.Tensor] = []
-        with watch_linears([model.get_submodule(name)], lambda _, x, y, kept=kept: kept.append(y)):
+        with observe_outputs([model.get_submodule(name)], lambda _, x, y, kept=kept: kept.append(y)):
             logits = model(batch).logits[:, :-1].flatten(0, 1)
         loss = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum")
         g = torch.autograd.grad(loss, kept[0])[0].flatten(0, 1)

@@ -17,7 +17,7 @@ from ptq.run.config import QuantConfig
 from ptq.run.job import Job, do_layers
 from ptq.run.plan import make_plan
 from ptq.run.resume import Unfinished, differences, fingerprint, unfinished_folder
-from ptq.runtime.distributed import Team
+from ptq.runtime.distributed import Ranks
 
 from .conftest import ROOT
 from .test_script import main  # noqa: F401  # a fixture
@@ -34,7 +34,7 @@ def quantize(adapter, tokenizer, output: Path) -> None:
     config = QuantConfig(rule="joint", drift=1.0)
     job = Job(adapter, config, make_plan(adapter, config), TOKENS, torch.device("cpu"), batch=3)
     unfinished = Unfinished(output, {}, len(adapter.names), resume=False)
-    do_layers(job, unfinished, Team())
+    do_layers(job, unfinished, Ranks())
     write_rest(unfinished.checkpoint, adapter, tokenizer, config.format)
     unfinished.finish()
 
@@ -56,7 +56,7 @@ def job(tmp_path) -> list[str]:
     save_tiny(tmp_path / "model", num_hidden_layers=3)
     (tmp_path / "text.txt").write_text(TEXT)
     text = ["--calibration", str(tmp_path / "text.txt"), "--sequences", "8", "--length", "32"]
-    return [str(tmp_path / "model"), *text, "--token-weights", "sampled"]
+    return [str(tmp_path / "model"), *text, "--token-importance", "sampled"]
 
 
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path, job):
@@ -93,7 +93,7 @@ def test_an_unfinished_run_is_offered_and_one_of_other_settings_is_refused(main,
 
 
 @pytest.mark.parametrize(
-    "options", [["--effort", "fast", "--token-weights", "none"], ["--effort", "best"], ["--drift", "half"]], ids=" ".join
+    "options", [["--effort", "fast", "--token-importance", "none"], ["--effort", "best"], ["--drift", "half"]], ids=" ".join
 )
 def test_every_effort_goes_on_to_the_same_bytes(main, tmp_path, job, options, monkeypatch):  # noqa: F811
     """The disk is full when the second of three layers is written."""

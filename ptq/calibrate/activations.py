@@ -75,13 +75,13 @@ class Activations:
         if self._stored is not None:
             self._stored.record(torch.cuda.current_stream(self.device))
 
-    def room(self, on_host: bool | None = None) -> "Activations":
-        """Room for as much, with nothing in it."""
+    def empty_like(self, on_host: bool | None = None) -> "Activations":
+        """Uninitialized activations of the same shape and place."""
         return Activations(self.data.shape, self.data.dtype, self.device, self.batch, on_host, self.groups)
 
     def copy(self, on_host: bool | None = None) -> "Activations":
         """A copy of the present state."""
-        other = self.room(on_host)
+        other = self.empty_like(on_host)
         other.data.copy_(self.data, non_blocking=True)
         if other._stored is not None:
             other._stored.record(torch.cuda.current_stream(self.device))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ptq.calibrate.activations import Activations, each_batch
 from ptq.calibrate.drift import Drift
 from ptq.calibrate.hessian import Hessian
-from ptq.calibrate.hooks import see_inputs
+from ptq.calibrate.hooks import observe_inputs
 from ptq.runtime.adapter import Adapter
 from ptq.runtime.clock import phase
-from ptq.runtime.distributed import Team
+from ptq.runtime.distributed import Ranks
 
 Stage = dict[str, nn.Linear]
 
@@ -46,25 +46,25 @@ def collect(
     layer: nn.Module,
     stages: list[Stage],
     hidden: Activations | None,
-    token_weights: Mapping[str, Tensor],
-    team: Team,
+    token_importance: Mapping[str, Tensor],
+    ranks: Ranks,
     sequences: int,
     shares: list[list[range]],
     original: Original | None = None,
 ) -> list[Sums | None]:
-    """The sums of each stage from one pass of `hidden` through the layer, added up over the team on the ranks that solve it.
+    """The sums of each stage from one pass of `hidden` through the layer, added up over the ranks on the ranks that solve it.
 
-    `sequences`: of all ranks.  `shares`: for each stage and rank, the rows it solves (ptq.runtime.distributed.share_rows).  With
+    `sequences`: of all ranks.  `shares`: for each stage and rank, the rows it solves (ptq.runtime.distributed.shard_rows).  With
     `original`, the sums tell too what the stages are to make good.
     """
     if hidden is None or not stages:
         return [None] * len(stages)
     partial: list[tuple[int, list[Sums]]] = []  # a tree of sums: two of the same height become one of the next
-    for groups in [[group] for group in hidden.groups] if team.deterministic else [hidden.groups]:
+    for groups in [[group] for group in hidden.groups] if ranks.deterministic else [hidden.groups]:
         if original:
-            new = 0, collect_drift(adapter, layer, stages, hidden, token_weights, groups, original)
+            new = 0, collect_drift(adapter, layer, stages, hidden, token_importance, groups, original)
         else:
-            new = 0, collect_hessians(adapter, layer, stages, hidden, token_weights, groups)
+            new = 0, collect_hessians(adapter, layer, stages, hidden, token_importance, groups)
         while partial and partial[-1][0] == new[0]:
             height, before = partial.pop()
             new = height + 1, [a.merge(b) for a, b in zip(before, new[1], strict=True)]
@@ -75,9 +75,9 @@ def collect(
             owners = [rank for rank, rows in enumerate(share) if rows]
             for tensor in (sums.hessian.sum, sums.hessian.weight, *([sums.drift.sum] if sums.drift else [])):
                 if len(owners) > 1:
-                    team.sum(tensor)
+                    ranks.all_reduce(tensor)
                 else:
-                    team.sum_to(tensor, owners[0])
+                    ranks.reduce(tensor, owners[0])
             sums.hessian.tokens = sequences * hidden.data.shape[1]
     return list(whole)
 
@@ -87,7 +87,7 @@ def collect_hessians(
     layer: nn.Module,
     stages: list[Stage],
     hidden: Activations,
-    token_weights: Mapping[str, Tensor],
+    token_importance: Mapping[str, Tensor],
     groups: list[slice],
 ) -> list[Sums]:
     firsts = [next(iter(stage.items())) for stage in stages]
@@ -98,11 +98,11 @@ def collect_hessians(
         hessians.update({linear: Hessian(linear.in_features, device=linear.weight.device) for _, linear in firsts})
 
     def work(rows: slice) -> None:
-        def see(linear: nn.Module, x: Tensor) -> None:
+        def observe(linear: nn.Module, x: Tensor) -> None:
             with phase("hessian"):
-                hessians[linear].add(x, token_weights[names[linear]][rows] if token_weights else None)
+                hessians[linear].add(x, token_importance[names[linear]][rows] if token_importance else None)
 
-        see_inputs(names, see, firsts[-1][1], lambda: adapter.forward(layer, hidden.load(rows)))
+        observe_inputs(names, observe, firsts[-1][1], lambda: adapter.forward(layer, hidden.load(rows)))
 
     restart()
     each_batch(hidden, "forward", work, groups=groups, restart=restart)
@@ -114,7 +114,7 @@ def collect_drift(
     layer: nn.Module,
     stages: list[Stage],
     hidden: Activations,
-    token_weights: Mapping[str, Tensor],
+    token_importance: Mapping[str, Tensor],
     groups: list[slice],
     original: Original,
 ) -> list[Sums]:
@@ -138,7 +138,7 @@ def collect_drift(
             original.output.store(rows, theirs.outputs[last])
         with phase("hessian"):
             for name, (own, _) in firsts.items():
-                weights = token_weights[name][rows] if token_weights else None
+                weights = token_importance[name][rows] if token_importance else None
                 drift = sums[name].drift
                 assert drift
                 sums[name].hessian.add(ours.inputs[own], weights)
@@ -164,14 +164,14 @@ def look(adapter: Adapter, layer: nn.Module, wanted: list[str], hidden: Tensor) 
     names = {layer.get_submodule(name): name for name in wanted}
     seen = Seen({}, {})
 
-    def see(linear: nn.Module, x: Tensor) -> None:
+    def observe(linear: nn.Module, x: Tensor) -> None:
         seen.inputs[names[linear]] = x
         if names[linear] == first:
             assert isinstance(linear, nn.Linear)
             seen.outputs[first] = hidden + F.linear(x, linear.weight, linear.bias)
 
     stop = None if last in wanted else layer.get_submodule(wanted[-1])
-    output = see_inputs(names, see, stop, lambda: adapter.forward(layer, hidden))
+    output = observe_inputs(names, observe, stop, lambda: adapter.forward(layer, hidden))
     if output is not None:
         seen.outputs[last] = output
     return seen

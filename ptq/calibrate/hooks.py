@@ -6,16 +6,16 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 
-class SeenEnough(Exception):
+class StopForward(Exception):
     """Ends a forward pass whose rest nobody needs."""
 
 
 @contextmanager
-def watch_linears(linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
-    """Calls see(linear, x, y) with input x and output y of each linear as it runs; the hooks are gone when the block is left."""
+def observe_outputs(linears: Iterable[nn.Module], observe: Callable[[nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
+    """Calls observe(linear, x, y) with input x and output y of each linear as it runs; no hook outlives the block."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        see(module, args[0], output)
+        observe(module, args[0], output)
 
     handles = [linear.register_forward_hook(hook) for linear in linears]
     try:
@@ -25,10 +25,13 @@ def watch_linears(linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor
             handle.remove()
 
 
-def see_inputs(
-    linears: Iterable[nn.Module], see: Callable[[nn.Module, Tensor], None], last: nn.Module | None, run: Callable[[], Tensor]
+def observe_inputs(
+    linears: Iterable[nn.Module],
+    observe: Callable[[nn.Module, Tensor], None],
+    last: nn.Module | None,
+    run: Callable[[], Tensor],
 ) -> Tensor | None:
-    """run(), a forward pass during which see(linear, x) is called with the input x of each linear before it runs.
+    """run(), a forward pass during which observe(linear, x) is called with the input x of each linear before it runs.
 
     The pass ends when `last` has been seen, whose own product is not computed, and None is returned; without `last`, what run()
     returns.  (No context manager: from Python 3.12 on, one that swallows an exception leaves a cycle of references to all
@@ -36,14 +39,14 @@ def see_inputs(
     """
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        see(module, args[0])
+        observe(module, args[0])
         if module is last:
-            raise SeenEnough
+            raise StopForward
 
     handles = [linear.register_forward_pre_hook(hook) for linear in linears]
     try:
         return run()
-    except SeenEnough:
+    except StopForward:
         return None
     finally:
         for handle in handles:

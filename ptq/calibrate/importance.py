@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from ptq.calibrate.activations import Activations, belongs_on_host, each_batch, embed_all, propagate
 from ptq.calibrate.hessian import add_full
-from ptq.calibrate.hooks import watch_linears
+from ptq.calibrate.hooks import observe_outputs
 from ptq.runtime.adapter import Adapter
 from ptq.runtime.clock import phase
 
-TokenWeights = dict[str, list[Tensor]]
+TokenImportance = dict[str, list[Tensor]]
 KeepCurvature = Callable[[str, Tensor], object]
 SEGMENT = 8
 POSITIONS_AT_ONCE = 1024
 
 
-def token_weights(
+def token_importance(
     adapter: Adapter,
     batches: Sequence[Tensor],
     *,
@@ -41,7 +41,7 @@ def token_weights(
     groups: Sequence[slice] | None = None,
     curvature: KeepCurvature | None = None,
     progress: Callable[[str], object] = lambda layer: None,
-) -> TokenWeights:
+) -> TokenImportance:
     """For the first linear of each stage, by full name: one tensor (n, length) float32 per batch, not normalised.
 
     The loss is the sum of next-token negative log likelihoods: of the text itself, or with `seed` of labels sampled from the
@@ -51,7 +51,7 @@ def token_weights(
     float32, on the device; `progress` with each layer's name on the way down.
     """
     tokens = torch.cat(list(batches))
-    with phase("weigh"), torch.no_grad():
+    with phase("importance"), torch.no_grad():
         hidden = embed_all(adapter, batches, on_host, groups)
         starts = list(range(0, len(adapter.names), segment))
         kept = climb(adapter, hidden, starts, on_host)
@@ -78,7 +78,7 @@ def climb(adapter: Adapter, hidden: Activations, starts: list[int], on_host: boo
     for index, (_, layer) in enumerate(adapter.layers(range(starts[-1]))):
         if index in starts:
             kept.append(hidden.copy(host))
-        propagate(adapter, layer, hidden, "weigh")
+        propagate(adapter, layer, hidden, "importance")
     return kept
 
 
@@ -113,7 +113,7 @@ def descend(
         for _, first_name in names.values():
             weights[first_name][rows] = 0
 
-        def see(linear: nn.Module, _x: Tensor, y: Tensor) -> None:
+        def observe(linear: nn.Module, _x: Tensor, y: Tensor) -> None:
             def add(gradient: Tensor) -> None:
                 weights[names[linear][1]][rows] += torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square()
                 if curvature is not None:
@@ -121,7 +121,7 @@ def descend(
 
             y.register_hook(add)
 
-        with torch.enable_grad(), watch_linears(names, see):
+        with torch.enable_grad(), observe_outputs(names, observe):
             x = y = inputs.load(rows).detach().requires_grad_()
             for _, layer in part:
                 y = adapter.forward(layer, y)
@@ -134,7 +134,7 @@ def descend(
             add_full(G[linear], g.flatten(0, -2))
         hidden.store(rows, gradient)
 
-    each_batch(hidden, "weigh", work, divisor=max(1, len(part) // 2))
+    each_batch(hidden, "importance", work, divisor=max(1, len(part) // 2))
     if curvature is not None:
         for linear, (name, _) in names.items():
             curvature(name, G.pop(linear))

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from ptq.calibrate.hooks import watch_linears
+from ptq.calibrate.hooks import observe_outputs
 from ptq.runtime.adapter import Adapter
 
 
-class HeldOut:
+class Validation:
     """A few sequences on their way through both models, layer by layer: tokens (n, length) at first."""
 
     def __init__(self, adapter: Adapter, tokens: Tensor):
@@ -32,8 +32,8 @@ class HeldOut:
         outputs: dict[str, Tensor] = {}
         names = {layer.get_submodule(name): name for stage in self._adapter.stages for name in stage}
 
-        def see(linear: nn.Module, _x: Tensor, y: Tensor) -> None:
+        def observe(linear: nn.Module, _x: Tensor, y: Tensor) -> None:
             outputs[names[linear]] = y
 
-        with watch_linears(names, see):
+        with observe_outputs(names, observe):
             return outputs, self._adapter.forward(layer, hidden)

@@ -95,7 +95,7 @@ def joint(U: Tensor) -> Objective:
     """Σ err² of the GPTQ recursion inside the block.  U (b, k, k) as for `schur`."""
 
     def loss(x: Tensor, s: Tensor, elements: Elements) -> Tensor:
-        return feed_forward(x, s, U, elements)[1].square().sum(-1)
+        return round_with_feedback(x, s, U, elements)[1].square().sum(-1)
 
     def reach(x: Tensor) -> Tensor:
         left, path = x.clone(), []
@@ -107,7 +107,7 @@ def joint(U: Tensor) -> Objective:
     return Objective(loss, (U * U).sum(-2)[:, None], reach)
 
 
-def feed_forward(x: Tensor, s: Tensor, U: Tensor, elements: Elements) -> tuple[Tensor, Tensor]:
+def round_with_feedback(x: Tensor, s: Tensor, U: Tensor, elements: Elements) -> tuple[Tensor, Tensor]:
     """GPTQ inside a block: round column by column, push each column's error onto the ones after it.
 
     x (b, r, k), s (..., b, r), U (b, k, k) upper.  Returns the rounded values in units of s and the errors

@@ -9,12 +9,12 @@ from torch import nn
 
 from ptq.calibrate.activations import DEVICE_SHARE
 from ptq.calibrate.importance import POSITIONS_AT_ONCE, SEGMENT
-from ptq.data.text import HELD_OUT_SEQUENCES
+from ptq.data.text import VALIDATION_SEQUENCES
 from ptq.methods.gptq import rows_at_once
 from ptq.run.config import QuantConfig
 from ptq.run.plan import Plan
 from ptq.runtime.adapter import Adapter
-from ptq.runtime.distributed import Team, share_rows
+from ptq.runtime.distributed import Ranks, shard_rows
 
 BF16_RATE = 790e12
 """bfloat16 matmul, operations a second: measured, 8192³."""
@@ -40,7 +40,7 @@ class Shape:
     head: tuple[int, int]
     sequences: int
     length: int
-    weigh: bool = True
+    importance: bool = True
     calibrate: bool = True
     feedback: bool = True
     drift: bool = False
@@ -57,7 +57,7 @@ class Shape:
         return self.sequences * self.length
 
 
-def shape_of(plan: Plan, adapter: Adapter, sequences: int, length: int, config: QuantConfig, weighing: str) -> Shape:
+def shape_of(plan: Plan, adapter: Adapter, sequences: int, length: int, config: QuantConfig, importance: str) -> Shape:
     """From the first layer; `adapter` is one of ptq.models."""
     name, layer = next(adapter.skeleton())
     shapes = {
@@ -74,7 +74,7 @@ def shape_of(plan: Plan, adapter: Adapter, sequences: int, length: int, config: 
         head=(head.out_features, head.in_features),
         sequences=sequences,
         length=length,
-        weigh=weighing != "none",
+        importance=importance != "none",
         calibrate=config.needs_calibration,
         feedback=config.method == "gptq",
         drift=config.drift > 0,
@@ -90,10 +90,10 @@ def operations(shape: Shape) -> dict[str, float]:
     attention = 2 * T * shape.length * shape.attention  # two products, causal
     climbed = (layers - 1) // SEGMENT * SEGMENT
     counts: dict[str, float] = {}
-    if shape.weigh:
+    if shape.importance:
         head = 2 * T * shape.head[0] * shape.head[1]
-        counts["weigh"] = climbed * (linear + attention) + layers * (2 * linear + 3.5 * attention) + 2 * head
-        counts["weigh"] += layers * T * shape.curvature
+        counts["importance"] = climbed * (linear + attention) + layers * (2 * linear + 3.5 * attention) + 2 * head
+        counts["importance"] += layers * T * shape.curvature
     if shape.calibrate:
         counts["forward"] = (3 if shape.drift else 2) * layers * (linear + attention)
         counts["hessian"] = layers * sum(T * d_in * d_in for _, d_in in shape.stages)
@@ -138,18 +138,18 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
     """Estimated seconds by phase on H200s: products at a rate, and what grows with the tensors' sizes.
 
     The constants are fitted to runs of the shapes Llama-3.2-1B, 3.1-8B and 3.1-70B (docs/performance.md), to 7 % in each phase.
-    Sequences are shared by the ranks, and stages or their rows as ptq.runtime.distributed.share_rows says.
+    Sequences are shared by the ranks, and stages or their rows as ptq.runtime.distributed.shard_rows says.
     """
     T, layers = shape.tokens, shape.layers
     linear, attention = 2 * T * shape.layer_weights, 2 * T * shape.length * shape.attention
     columns, graph = sum(d_in for _, d_in in shape.stages), T * graph_bytes(shape)
     found: dict[str, float] = {}
     one_pass = (linear + attention) / 548e12 + 0.845e-12 * graph
-    if shape.weigh:
+    if shape.importance:
         climbed, head = (layers - 1) // SEGMENT * SEGMENT, 4 * T * shape.head[0] * shape.head[1]
         down = (2 * linear + 3.5 * attention) / 775e12 + 6.46e-12 * graph
-        found["weigh"] = (climbed * one_pass + layers * down + head / 548e12 + 7.5e-12 * T * shape.head[0]) / ranks
-        found["weigh"] += layers * 1.25 * T * shape.curvature / 660e12 / ranks + disk_bytes(shape) / DISK_RATE
+        found["importance"] = (climbed * one_pass + layers * down + head / 548e12 + 7.5e-12 * T * shape.head[0]) / ranks
+        found["importance"] += layers * 1.25 * T * shape.curvature / 660e12 / ranks + disk_bytes(shape) / DISK_RATE
     if shape.calibrate:
         unneeded = 2 * T * shape.stages[-1][0] * shape.stages[-1][1] / 548e12  # the last product, when H is collected
         # with drift, the quantized model runs twice and the original once, and to the MLP twice each if stage by stage
@@ -158,13 +158,13 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
         found["forward"] = layers * passes / ranks
         products = 1.25 * T * sum(d_in * d_in for _, d_in in shape.stages)
         products += 2 * T * drift_products(shape) if shape.drift else 0
-        weighting = products / 2800e12 + (2 if shape.drift else 1) * 2.26e-12 * T * columns if shape.weigh else 0
+        weighting = products / 2800e12 + (2 if shape.drift else 1) * 2.26e-12 * T * columns if shape.importance else 0
         found["hessian"] = layers * (products / 660e12 + weighting) / ranks
     if shape.feedback:
         phases = ("factorization", "sweep", "report", "drift")
         found |= dict.fromkeys(phases, 0.0)
         for part in [[stage] for stage in shape.stages] if shape.drift and shape.stagewise else [list(shape.stages)]:
-            shares = share_rows(part, Team(size=ranks), divisible=True)
+            shares = shard_rows(part, Ranks(size=ranks), divisible=True)
             by_rank = [
                 [solve_seconds(len(share[rank]), d_in) for share, (_, d_in) in zip(shares, part, strict=True) if share[rank]]
                 for rank in range(ranks)
@@ -174,7 +174,7 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
             ):
                 found[phase] += layers * sum(costs)
         found["sweep"] += layers * sum(row_feedback_seconds(d_out, d_in) for d_out, d_in in shape.rows)
-        found["report"] += layers * 2 * one_pass * HELD_OUT_SEQUENCES / shape.sequences
+        found["report"] += layers * 2 * one_pass * VALIDATION_SEQUENCES / shape.sequences
         if not shape.drift:
             del found["drift"]
     return found
@@ -214,7 +214,7 @@ def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = N
     d, tokens = shape.head[1], -(-shape.sequences // ranks) * shape.length
     layer, hidden = 2 * shape.layer_weights, 2 * tokens * d
     starts = -(-shape.layers // SEGMENT)
-    kept = hidden * (starts - 1) if shape.weigh else 0
+    kept = hidden * (starts - 1) if shape.importance else 0
     hidden_away = hidden > device_bytes * DEVICE_SHARE if on_host is None else on_host  # each by itself
     kept_away = hidden * starts > device_bytes * DEVICE_SHARE if on_host is None else on_host
     at_once = batch * shape.length
@@ -242,6 +242,6 @@ def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = N
     collect = at_once * (8 * d + 10 * shape.inner)  # four tensors of the MLP, its input seen in the original
     solve = max(4 * (squares * d_in + slabs * d_out / solvers) * d_in for d_out, d_in in shape.stages)
     quantize = on_gpu + 3 * layer + hessians + max(collect, solve)
-    gpu = max(weigh if shape.weigh else 0, quantize)
+    gpu = max(weigh if shape.importance else 0, quantize)
     host = 2.3e9 + 2 * layer + (hidden if hidden_away else 0) + (kept if kept_away else 0)
     return Memory(hidden, kept, kept_away, int(gpu), int(host))

@@ -83,7 +83,7 @@ def make_preview(
     config: QuantConfig,
     sequences: int,
     length: int,
-    weighing: str,
+    importance: str,
     *,
     batch: int | None,
     on_host: bool | None,
@@ -94,7 +94,7 @@ def make_preview(
     plan, problems = examine(adapter, config)
     if not plan.linears:
         raise ValueError(problems[0])
-    shape = shape_of(plan, adapter, sequences, length, config, weighing)
+    shape = shape_of(plan, adapter, sequences, length, config, importance)
     batch = min(sequences, batch or default_batch(shape.head[1], length, torch.device("cuda")))
     parameters = adapter.parameters()
     return Preview(

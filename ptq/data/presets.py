@@ -17,7 +17,7 @@ class Preset:
     """`splits`: split -> the files to read, None for all; the first split is the default.  `rows`: how many, None for all.
 
     `join`: rows become one document with this between them; None: a row is a document.  `column` holds text, or chat messages,
-    whose contents are joined by blank lines, without a chat template.
+    whose contents are init_process_group by blank lines, without a chat template.
     """
 
     dataset: str

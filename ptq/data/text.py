@@ -1,10 +1,8 @@
 """Text in, token windows out; for calibration and for evaluation alike.
 
-A source is a file (.jsonl or .jsonl.gz with a "text" field a line, or plain text, also gzipped), a name that
-ptq.data.presets knows, a
-ptq.data.presets knows or a
-Hugging Face dataset id, or `builtin`: the language reference that every Python carries (pydoc_data.topics), of which one topic in
-four is set aside as `builtin-heldout`.
+A source is a file (.jsonl or .jsonl.gz with a "text" field a line, or plain text, also gzipped), a name
+that ptq.data.presets knows, a Hugging Face dataset id, or `builtin`: the language reference that every
+Python carries (pydoc_data.topics), of which one topic in four is set aside as `builtin-heldout`.
 """
 
 import gzip
@@ -20,7 +18,7 @@ from ptq.data.presets import PRESETS, find_preset, hub_documents
 
 BUILTIN_HELD_OUT = "builtin-heldout"
 # Drawn beside the calibration sequences unless told otherwise, to measure every linear on.
-HELD_OUT_SEQUENCES = 4
+VALIDATION_SEQUENCES = 4
 
 
 def read_documents(source: str) -> list[str]:
@@ -83,7 +81,7 @@ def read_jsonl(path: Path) -> Iterator[str]:
 
 
 def all_windows(encode: Callable[[str], list[int]], documents: list[str], length: int, source: str) -> Tensor:
-    """All non-overlapping windows (n, length) of the documents' tokens, joined in order.
+    """All non-overlapping windows (n, length) of the documents' tokens, init_process_group in order.
 
     `encode` turns a text into token ids.  Raises ValueError where there is not one window.
     """
@@ -99,13 +97,13 @@ def join_windows(encoded: list[list[int]], length: int, source: str) -> Tensor:
     return torch.tensor(tokens[: count * length]).view(count, length)
 
 
-def sample_windows(windows: Tensor, count: int, seed: int, source: str, *, held_out: int = 0) -> Tensor:
-    """`count` of the windows (n, length), then `held_out` more, drawn without replacement.  Raises ValueError for too few."""
-    if len(windows) < count + held_out:
-        apart = f" and {held_out} to hold out" if held_out else ""
+def sample_windows(windows: Tensor, count: int, seed: int, source: str, *, validation: int = 0) -> Tensor:
+    """`count` of the windows (n, length), then `validation` more, drawn without replacement.  Raises ValueError for too few."""
+    if len(windows) < count + validation:
+        more = f" and {validation} for validation" if validation else ""
         raise ValueError(
-            f"text {source!r} gives {len(windows)} sequences of {windows.shape[1]} tokens, fewer than the {count} asked for{apart}"
+            f"text {source!r} gives {len(windows)} sequences of {windows.shape[1]} tokens, fewer than the {count} asked for{more}"
             "; give more text, or ask for fewer or shorter sequences"
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows[order[: count + held_out]]
+    return windows[order[: count + validation]]

@@ -27,7 +27,7 @@ from torch import Tensor
 from ptq.core.formats import Format
 from ptq.core.linalg import block_diagonal, damped, inverse_factor
 from ptq.core.packing import Quantized
-from ptq.core.scales import choose_scales, feed_forward
+from ptq.core.scales import choose_scales, round_with_feedback
 from ptq.kernels import sweep as kernels
 from ptq.methods.solution import Solution
 from ptq.runtime.clock import phase
@@ -163,7 +163,7 @@ def sweep_panel(
             s = choose_scales(x[None, :, columns], format, rule, H_blocks[b, None], U_blocks[b, None]).to(x.dtype)
         else:
             s = fixed[b, None].to(x.dtype)
-        values, errors = feed_forward(x[None, :, columns], s, U_blocks[b, None], format.elements)
+        values, errors = round_with_feedback(x[None, :, columns], s, U_blocks[b, None], format.elements)
         q[:, columns], E[:, columns], scales[:, b] = values[0], errors[0], s[0]
         x[:, columns.stop :] -= errors[0] @ U[columns, columns.stop :]
     return q, scales, E

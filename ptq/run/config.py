@@ -11,9 +11,9 @@ from ptq.methods import METHODS
 
 # What GPTQ does unless told otherwise: each lowers KL and takes longer (docs/accuracy.md has the numbers).
 EFFORTS: dict[str, dict] = {
-    "fast": {"scales": "local", "token_weights": "none", "drift": "none", "row_feedback": False},
-    "default": {"scales": "joint", "token_weights": "none", "drift": "full", "row_feedback": False},
-    "best": {"scales": "joint", "token_weights": "sampled", "drift": "full", "row_feedback": True},
+    "fast": {"rule": "local", "token_importance": "none", "drift": "none", "row_feedback": False},
+    "default": {"rule": "joint", "token_importance": "none", "drift": "full", "row_feedback": False},
+    "best": {"rule": "joint", "token_importance": "sampled", "drift": "full", "row_feedback": True},
 }
 # How much of what earlier layers lost is made good, and from how many passes.
 DRIFTS: dict[str, dict] = {
@@ -22,22 +22,23 @@ DRIFTS: dict[str, dict] = {
     "full": {"drift": 1.0, "stagewise": True},
 }
 # What a calibration token counts for in H (ptq.calibrate.importance).
-WEIGHTS = ("none", "text", "sampled")
+IMPORTANCES = ("none", "text", "sampled")
 
 
 def settings_of(case: str) -> dict:
-    """What an effort sets, or a case METHOD-SCALES-WEIGHTS[-half|-full][-rows][-frozen]: method, what `EFFORTS` names, frozen, and
+    """What an effort sets, or a case METHOD-RULE-IMPORTANCE[-half|-full][-rows][-frozen]: method, what `EFFORTS` names, frozen, and
     `effort`, "" where the case is none.  Raises ValueError for neither."""
     if case in EFFORTS:
         return {"method": "gptq", **EFFORTS[case], "frozen": False, "effort": case}
-    method, scales, weights, *more = [*case.split("-"), "", ""]
+    method, rule, importance, *more = [*case.split("-"), "", ""]
     drift = next((word for word in more if word in DRIFTS), "none")
-    if method not in METHODS or scales not in RULES or weights not in WEIGHTS or set(more) - {"", "rows", "frozen", *DRIFTS}:
+    fits = method in METHODS and rule in RULES and importance in IMPORTANCES
+    if not fits or set(more) - {"", "rows", "frozen", *DRIFTS}:
         raise ValueError(
-            f"no such case: {case!r}; write {' | '.join(EFFORTS)}, or METHOD-SCALES-WEIGHTS[-half|-full][-rows][-frozen] with "
-            f"METHOD {' | '.join(METHODS)}, SCALES {' | '.join(RULES)} and WEIGHTS {' | '.join(WEIGHTS)}"
+            f"no such case: {case!r}; write {' | '.join(EFFORTS)}, or METHOD-RULE-IMPORTANCE[-half|-full][-rows][-frozen] with "
+            f"METHOD {' | '.join(METHODS)}, RULE {' | '.join(RULES)} and IMPORTANCE {' | '.join(IMPORTANCES)}"
         )
-    chosen = {"scales": scales, "token_weights": weights, "drift": drift, "row_feedback": "rows" in more}
+    chosen = {"rule": rule, "token_importance": importance, "drift": drift, "row_feedback": "rows" in more}
     frozen = "frozen" in more
     known = method == "gptq" and not frozen
     effort = next((name for name, settings in EFFORTS.items() if known and settings == chosen), "")
@@ -95,13 +96,13 @@ class QuantConfig:
 
 
 def make_config(format: Format, settings: Mapping[str, Any], damp: float = 0.01, **more: Any) -> QuantConfig:
-    """What `settings` say by the names of `settings_of`: method, scales, token_weights, drift, row_feedback, and frozen if there.
+    """What `settings` say by the names of `settings_of`: method, rule, token_importance, drift, row_feedback, frozen.
 
     `more`: other fields of QuantConfig.  Raises ValueError where they do not fit each other.
     """
-    if settings["row_feedback"] and settings["token_weights"] == "none":
+    if settings["row_feedback"] and settings["token_importance"] == "none":
         raise ValueError("row feedback needs the backward pass of token weights text or sampled, and they are none")
     more = (
         DRIFTS[settings["drift"]] | {"row_feedback": settings["row_feedback"], "frozen": settings.get("frozen", False)} | more
     )
-    return QuantConfig(format, settings["method"], settings["scales"], damp, **more)
+    return QuantConfig(format, settings["method"], settings["rule"], damp, **more)

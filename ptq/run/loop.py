@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from ptq.calibrate.activations import embed_all, propagate
 from ptq.calibrate.collect import Original, Stage, Sums, collect, first_of, shape_of
-from ptq.calibrate.importance import TokenWeights
-from ptq.calibrate.validation import HeldOut
+from ptq.calibrate.importance import TokenImportance
+from ptq.calibrate.validation import Validation
 from ptq.core.packing import Quantized
 from ptq.run.config import QuantConfig
 from ptq.run.plan import Plan, make_plan
 from ptq.run.solve import Numbers, Record, Solved, make_record, share_solved, solve_stage
 from ptq.runtime.adapter import Adapter
 from ptq.runtime.clock import phase
-from ptq.runtime.distributed import Team, share_rows
+from ptq.runtime.distributed import Ranks, shard_rows
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,20 @@ def quantize_model(
     adapter: Adapter,
     batches: Sequence[Tensor] | None,
     config: QuantConfig,
-    token_weights: TokenWeights | None = None,
+    token_importance: TokenImportance | None = None,
     curvature: Mapping[str, Tensor] | None = None,
-    held_out: Tensor | None = None,
+    validation: Tensor | None = None,
 ) -> Iterator[tuple[Record, Quantized]]:
     """Quantizes the model in place and yields (record, weight) for each linear as its layer is done.
 
-    `batches`: token ids (n, length) each, on the model's device; None for methods that need no calibration.  `token_weights`: for
-    the same batches, what each token counts for in H (ptq.calibrate.importance); every token counts the same without.
-    `curvature`: by linear, G for row feedback (ptq.calibrate.importance).  `held_out`: token ids (n, length) to measure errors on.
+    `batches`: token ids (n, length) each, on the model's device; None for methods that need no calibration.  `token_importance`:
+    for the same batches, what each token counts for in H (ptq.calibrate.importance); every token counts the same without.
+    `curvature`: by linear, G for row feedback (ptq.calibrate.importance).  `validation`: token ids (n, length) to measure errors on.
     Raises ValueError, before any work, for whatever `make_plan` finds, and later for non-finite activations or an H that damping
     does not cure, naming layer and stage; CertificateError where the loss identity fails.
     """
     plan = make_plan(adapter, config)
-    for done in quantize_layers(adapter, batches, config, plan, token_weights, curvature, held_out):
+    for done in quantize_layers(adapter, batches, config, plan, token_importance, curvature, validation):
         yield from ((record, done.quantized[record.name]) for record in done.records)
 
 
@@ -65,35 +65,35 @@ def quantize_layers(
     batches: Sequence[Tensor] | None,
     config: QuantConfig,
     plan: Plan,
-    token_weights: TokenWeights | None = None,
+    token_importance: TokenImportance | None = None,
     curvature: Mapping[str, Tensor] | None = None,
-    held_out: Tensor | None = None,
+    validation: Tensor | None = None,
     *,
-    team: Team | None = None,
+    ranks: Ranks | None = None,
     finished: int = 0,
     restore: Callable[[int, nn.Module], int] | None = None,
     on_host: bool | None = None,
 ) -> Iterator[LayerResult]:
     """Quantizes layer by layer, each as the adapter gives it; what `quantize_model` says holds here.
 
-    `batches` and `token_weights` are those of this rank of the `team`.  The first `finished` layers are not quantized but made
+    `batches` and `token_importance` are those of this rank of the `ranks`.  The first `finished` layers are not quantized but made
     what they were by restore(index, layer), which returns the batch they ran with.
     """
-    team = team or Team()
+    ranks = ranks or Ranks()
     if not batches and config.needs_calibration:
         raise ValueError(f"method {config.method} with scale rule {config.rule} needs calibration tokens")
     if config.row_feedback and curvature is None:
         raise ValueError(
-            "row feedback needs the curvature of the loss in every linear's outputs; give what token_weights leaves"
+            "row feedback needs the curvature of the loss in every linear's outputs; give what token_importance leaves"
         )
     hidden, beside, sequences = None, None, 0
     if batches:
         device = batches[0].device
-        sequences = round(team.total(sum(len(tokens) for tokens in batches), device))
-        hidden = embed_all(adapter, batches, on_host, team.local_groups(sequences))
-        beside = (hidden.copy(on_host), hidden.room(on_host)) if config.drift else None
-    watch = None if held_out is None else HeldOut(adapter, held_out)
-    weights = {name: torch.cat(parts) for name, parts in (token_weights or {}).items()}
+        sequences = round(ranks.all_reduce_value(sum(len(tokens) for tokens in batches), device))
+        hidden = embed_all(adapter, batches, on_host, ranks.local_groups(sequences))
+        beside = (hidden.copy(on_host), hidden.empty_like(on_host)) if config.drift else None
+    watch = None if validation is None else Validation(adapter, validation)
+    weights = {name: torch.cat(parts) for name, parts in (token_importance or {}).items()}
     for index, (prefix, layer) in enumerate(adapter.layers(range(0 if hidden else finished, len(adapter.names)))):
         index += 0 if hidden else finished
         if watch:
@@ -113,14 +113,14 @@ def quantize_layers(
             records: list[Record] = []
             quantized: dict[str, Quantized] = {}
             for part in [[stage] for stage in stages] if original and config.stagewise else [stages]:
-                shares = share_rows([shape_of(stage) for stage in part], team, divisible=not config.row_feedback)
+                shares = shard_rows([shape_of(stage) for stage in part], ranks, divisible=not config.row_feedback)
                 with phase("forward"):
-                    sums = collect(adapter, layer, part, hidden, weights, team, sequences, shares, original)
-                records += quantize_stages(part, sums, shares, config, team, quantized, curvature or {})
+                    sums = collect(adapter, layer, part, hidden, weights, ranks, sequences, shares, original)
+                records += quantize_stages(part, sums, shares, config, ranks, quantized, curvature or {})
             if watch:
                 with phase("report"):
                     errors = watch.after(layer)
-                records = [replace(one, held_out_error=errors[one.name[len(prefix) + 1 :]]) for one in records]
+                records = [replace(one, validation_error=errors[one.name[len(prefix) + 1 :]]) for one in records]
             yield LayerResult(index, layer, records, quantized, hidden.batch if hidden else batch)
         with phase("forward"):
             if hidden:
@@ -151,7 +151,7 @@ def quantize_stages(
     sums: list[Sums | None],
     shares: list[list[range]],
     config: QuantConfig,
-    team: Team,
+    ranks: Ranks,
     quantized: dict[str, Quantized],
     curvature: Mapping[str, Tensor],
 ) -> list[Record]:
@@ -159,9 +159,9 @@ def quantize_stages(
     solved: list[Solved | None] = [None] * len(stages)
     for i, stage in enumerate(stages):
         own, sums[i] = sums[i], None
-        if shares[i][team.rank]:
+        if shares[i][ranks.rank]:
             try:
-                solved[i] = solve_stage(stage, own, config, curvature, shares[i][team.rank], team)
+                solved[i] = solve_stage(stage, own, config, curvature, shares[i][ranks.rank], ranks)
             except ValueError as error:
                 raise type(error)(f"{', '.join(stage)}: {error}") from None
             except torch.OutOfMemoryError as error:
@@ -172,7 +172,7 @@ def quantize_stages(
                 ) from error
     with phase("communicate"):
         shared = [
-            share_solved(stage, one, share, config, team) for stage, one, share in zip(stages, solved, shares, strict=True)
+            share_solved(stage, one, share, config, ranks) for stage, one, share in zip(stages, solved, shares, strict=True)
         ]
     records: list[Record] = []
     for stage, (whole, numbers) in zip(stages, shared, strict=True):

@@ -1,8 +1,8 @@
 """A checkpoint in the making: what is finished is on the disk for good, and a later run goes on from there.
 
-`<output>.unfinished/` holds fingerprint.json (what the work depends on), token_weights.safetensors, curvature/ (for row feedback),
-layers/<n>.json (the records of a finished layer, written after its tensors) and checkpoint/, which becomes the output at the end.
-A file has its name only once its content is on the disk.
+`<output>.unfinished/` holds fingerprint.json (what the work depends on), token_importance.safetensors, curvature/
+(for row feedback), layers/<n>.json (the records of a finished layer, written after its tensors) and checkpoint/,
+which becomes the output at the end.  A file has its name only once its content is on the disk.
 """
 
 import fcntl
@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ptq
-from ptq.calibrate.importance import TokenWeights, to_keep
+from ptq.calibrate.importance import TokenImportance, to_keep
 from ptq.core.formats import Format
 from ptq.export.checkpoint import check_layer, layer_tensors, restore_layer, save_tensors, save_text, shard_name
 from ptq.run.loop import LayerResult
 from ptq.run.solve import Record
-from ptq.runtime.distributed import Team
+from ptq.runtime.distributed import Ranks
 
 
 def code_version() -> str:
@@ -61,25 +61,27 @@ def differences(before: dict, after: dict) -> list[str]:
 class Unfinished:
     """The folder beside `output`.  `finished`: how many layers are done, from the first on.
 
-    With `resume`, what is there is gone on with.  Rank 0 of the team writes, the others read; on several machines they must see
+    With `resume`, what is there is gone on with.  Rank 0 of the ranks writes, the others read; on several machines they must see
     the same folder.  Raises ValueError where an unfinished run is there and `resume` is not given, where its fingerprint is another
     (saying what differs), and where another process is at it.
     """
 
-    def __init__(self, output: Path, about: dict, layers: int, *, resume: bool, team: Team | None = None):
-        team = team or Team()
+    def __init__(self, output: Path, about: dict, layers: int, *, resume: bool, ranks: Ranks | None = None):
+        ranks = ranks or Ranks()
         self.output, self.layers = output, layers
         self.folder = unfinished_folder(output)
         self.checkpoint = self.folder / "checkpoint"
         self.curvature = Curvature(self.folder / "curvature")
         self._lock: int | None = None
-        if team.rank == 0:
+        if ranks.rank == 0:
             try:
                 self._open(about, resume)
             except ValueError:
                 self._unlock()
                 raise
-        self.finished: int = team.exchange(next((n for n in range(layers) if not self._record_path(n).is_file()), layers))[0]
+        self.finished: int = ranks.all_gather_object(
+            next((n for n in range(layers) if not self._record_path(n).is_file()), layers)
+        )[0]
 
     def _open(self, about: dict, resume: bool) -> None:
         path = self.folder / "fingerprint.json"
@@ -128,15 +130,15 @@ class Unfinished:
         read = (json.loads(self._record_path(index).read_text())["records"] for index in range(self.layers))
         return [Record(**record | {"shape": tuple(record["shape"])}) for records in read for record in records]
 
-    def save_weights(self, weights: TokenWeights) -> None:
+    def save_importance(self, weights: TokenImportance) -> None:
         """Token weights of all sequences, once the curvature is there: by them a later run knows of both."""
         save_tensors(
-            self.folder / "token_weights.safetensors", {name: torch.cat(parts).cpu() for name, parts in weights.items()}
+            self.folder / "token_importance.safetensors", {name: torch.cat(parts).cpu() for name, parts in weights.items()}
         )
 
-    def load_weights(self) -> dict[str, Tensor] | None:
+    def load_importance(self) -> dict[str, Tensor] | None:
         """By name, (sequences, length); None where they were not finished."""
-        path = self.folder / "token_weights.safetensors"
+        path = self.folder / "token_importance.safetensors"
         return load_file(path) if path.is_file() else None
 
     def finish(self) -> None:
@@ -150,7 +152,7 @@ class Unfinished:
             self._unlock()
             and self.folder.exists()
             and not any((self.folder / "layers").iterdir())
-            and self.load_weights() is None
+            and self.load_importance() is None
         ):
             shutil.rmtree(self.folder)
 

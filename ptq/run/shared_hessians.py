@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptq.calibrate.hessian import Hessian
-from ptq.calibrate.hooks import watch_linears
+from ptq.calibrate.hooks import observe_outputs
 from ptq.core.formats import choose_tensor_scale
 from ptq.core.packing import Quantized
 from ptq.methods import METHODS
 from ptq.run.config import QuantConfig
 from ptq.runtime.adapter import Adapter
 
-Weighing = Mapping[str, Sequence[Tensor]]
+Importances = Mapping[str, Sequence[Tensor]]
 """By the full name of a stage's first linear: for each batch, what its tokens count for (n, length)."""
 Layer = tuple[str, nn.Module]
 
@@ -30,11 +30,11 @@ Layer = tuple[str, nn.Module]
 def store_hessians(
     adapter: Adapter,
     batches: Sequence[Tensor],
-    weighings: Mapping[str, Weighing | None],
+    importances: Mapping[str, Importances | None],
     folder: Path,
     progress: Callable[[list[Layer]], Iterable[Layer]] = list,
 ) -> None:
-    """One pass of `batches`, token ids (n, length) each: writes H (d_in, d_in) float32 of every stage under every weighing (None:
+    """One pass of `batches`, token ids (n, length) each: writes H (d_in, d_in) float32 of every stage under every importance (None:
     every token counts the same) to `folder`, a file a layer.
 
     One layer's Hessians are in memory at a time.  Raises ValueError that names the stage where an activation is not finite.
@@ -43,19 +43,19 @@ def store_hessians(
     for prefix, layer in progress(list(adapter.layers())):
         first = {layer.get_submodule(stage[0]): f"{prefix}.{stage[0]}" for stage in adapter.stages}
         sums = {
-            (weighing, name): Hessian(int(linear.in_features), device=hidden[0].device)  # type: ignore[arg-type]
+            (importance, name): Hessian(int(linear.in_features), device=hidden[0].device)  # type: ignore[arg-type]
             for linear, name in first.items()
-            for weighing in weighings
+            for importance in importances
         }
         for i, x in enumerate(hidden):
 
-            def see(linear: nn.Module, x: Tensor, _y: Tensor, i: int = i) -> None:
-                for weighing, weights in weighings.items():
-                    sums[weighing, first[linear]].add(x, None if weights is None else weights[first[linear]][i])  # noqa: B023
+            def observe(linear: nn.Module, x: Tensor, _y: Tensor, i: int = i) -> None:
+                for importance, weights in importances.items():
+                    sums[importance, first[linear]].add(x, None if weights is None else weights[first[linear]][i])  # noqa: B023
 
-            with watch_linears(first, see):
+            with observe_outputs(first, observe):
                 hidden[i] = adapter.forward(layer, x)
-        tensors = {f"{weighing} {name}": mean(hessian, name) for (weighing, name), hessian in sums.items()}
+        tensors = {f"{importance} {name}": mean(hessian, name) for (importance, name), hessian in sums.items()}
         save_file(tensors, folder / f"{prefix}.safetensors")
 
 
@@ -67,7 +67,7 @@ def mean(hessian: Hessian, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_from(adapter: Adapter, folder: Path, weighing: str, config: QuantConfig) -> Iterator[tuple[str, Quantized]]:
+def quantize_from(adapter: Adapter, folder: Path, importance: str, config: QuantConfig) -> Iterator[tuple[str, Quantized]]:
     """Quantizes the model in place by the Hessians in `folder`, and yields (full name, weight) of each linear.
 
     The linears of a stage share a tensor_scale.  Raises ValueError that names the stage where damping does not cure H.
@@ -76,7 +76,7 @@ def quantize_from(adapter: Adapter, folder: Path, weighing: str, config: QuantCo
         with safe_open(folder / f"{prefix}.safetensors", framework="pt") as stored:
             for stage in adapter.stages:
                 weights: list[Tensor] = [layer.get_submodule(name).weight for name in stage]  # type: ignore[misc]
-                H = stored.get_tensor(f"{weighing} {prefix}.{stage[0]}") if config.needs_calibration else None
+                H = stored.get_tensor(f"{importance} {prefix}.{stage[0]}") if config.needs_calibration else None
                 H = None if H is None else H.to(weights[0].device)
                 W = torch.cat([weight.float() for weight in weights])
                 options = {"rule": config.rule, "damp": config.damp, "tensor_scale": choose_tensor_scale(W, config.format)}

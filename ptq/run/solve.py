@@ -18,8 +18,8 @@ from ptq.methods import METHODS
 from ptq.methods.rtn import rtn
 from ptq.methods.solution import Solution, join
 from ptq.run.config import QuantConfig
-from ptq.runtime.clock import Moment, now, phase, seconds_between
-from ptq.runtime.distributed import Team
+from ptq.runtime.clock import Timestamp, now, phase, seconds_between
+from ptq.runtime.distributed import Ranks
 
 # Rounding alone leaves the two sides of the identity within about 2 √d_in · eps · ‖W‖/‖Δ‖ of each other, 2e-4 for d_in = 14336
 # and an error of 5 %; the bugs it is there to catch (stale or missing feedback) change one side by tens of percent.
@@ -38,7 +38,7 @@ class Record:
     `rtn_error` the same for RTN of W with absmax scales; None without calibration.  `certificate`: relative difference of the
     two sides of the loss identity (gptq only).  `moved_scales`: share of the blocks whose scale is not the absmax one.
     `dead_inputs`: columns no token reached.  `seconds`: this linear's share, by rows, of its stage.
-    `held_out_error`: of its outputs against the original model's (ptq.calibrate.validation).
+    `validation_error`: of its outputs against the original model's (ptq.calibrate.validation).
     """
 
     name: str
@@ -53,7 +53,7 @@ class Record:
     dead_inputs: int | None
     tokens: int
     seconds: float
-    held_out_error: float | None = None
+    validation_error: float | None = None
 
 
 class Numbers(NamedTuple):
@@ -81,14 +81,14 @@ class Solved:
 
     quantized: Quantized
     numbers: Tensor
-    begin: Moment
-    end: Moment
+    begin: Timestamp
+    end: Timestamp
 
 
 def solve_stage(
-    stage: Stage, sums: Sums | None, config: QuantConfig, curvature: Mapping[str, Tensor], rows: range, team: Team
+    stage: Stage, sums: Sums | None, config: QuantConfig, curvature: Mapping[str, Tensor], rows: range, ranks: Ranks
 ) -> Solved:
-    """Quantizes the linears of one stage as one matrix, or `rows` of it where others of the team have the rest: they share H, U
+    """Quantizes the linears of one stage as one matrix, or `rows` of it where others of the ranks have the rest: they share H, U
     and, as serving engines fuse them, tensor_scale.
 
     The sums are used up.  With row feedback each linear is solved with its own `curvature`.
@@ -105,7 +105,9 @@ def solve_stage(
             part = slice(rows.start, rows.stop)
             T = sums.drift.target(W, H, sums.hessian.weight, strength=config.drift, ridge=config.ridge, rows=part)
     largest = T.abs().amax()
-    tensor_scale = choose_tensor_scale(largest if len(rows) == shape_of(stage)[0] else team.largest(largest), config.format)
+    tensor_scale = choose_tensor_scale(
+        largest if len(rows) == shape_of(stage)[0] else ranks.all_reduce_max(largest), config.format
+    )
     with phase("sweep"):
         how = partial(
             METHODS[config.method], format=config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp
@@ -159,7 +161,7 @@ def cut(stage: Stage, rows: range) -> list[slice]:
 
 
 def share_solved(
-    stage: Stage, solved: Solved | None, share: list[range], config: QuantConfig, team: Team
+    stage: Stage, solved: Solved | None, share: list[range], config: QuantConfig, ranks: Ranks
 ) -> tuple[Quantized, Tensor]:
     """(quantized, numbers) of a stage on every rank; `solved`: this rank's rows of the `share`."""
     first, (d_out, d_in) = first_of(stage).weight, shape_of(stage)
@@ -171,7 +173,7 @@ def share_solved(
     if solved:
         if first.is_cuda:
             torch.cuda.synchronize(first.device)
-        rows = slice(share[team.rank].start, share[team.rank].stop)
+        rows = slice(share[ranks.rank].start, share[ranks.rank].stop)
         codes[rows], scales[rows] = solved.quantized.codes, solved.quantized.scales
         tensor_scale.copy_(solved.quantized.tensor_scale)
         numbers.copy_(solved.numbers)
@@ -179,9 +181,9 @@ def share_solved(
         numbers[:, Numbers._fields.index("feeds_forward") :] /= len(owners)
     for rank in owners:
         for tensor in (codes, scales):
-            team.send(tensor[share[rank].start : share[rank].stop], rank)
-    team.send(tensor_scale, owners[0])
-    return Quantized(codes, scales, tensor_scale, config.format), team.sum(numbers)
+            ranks.broadcast(tensor[share[rank].start : share[rank].stop], rank)
+    ranks.broadcast(tensor_scale, owners[0])
+    return Quantized(codes, scales, tensor_scale, config.format), ranks.all_reduce(numbers)
 
 
 def make_record(name: str, linear: nn.Linear, numbers: Numbers, config: QuantConfig) -> Record:

@@ -11,7 +11,7 @@ def summary(report: dict) -> str:
     worst = max(measured, key=lambda linear: linear["error"])
     lines.append(f"relative output error: mean {mean['error']:.4f} (RTN absmax {mean['rtn_error']:.4f})")
     lines.append(f"                       largest {worst['error']:.4f}, {worst['name']}")
-    apart = [linear["held_out_error"] for linear in linears if linear["held_out_error"] is not None]
+    apart = [linear["validation_error"] for linear in linears if linear["validation_error"] is not None]
     if apart:
         lines.append(f"outputs on held-out tokens, all that came before included: mean {sum(apart) / len(apart):.4f} off")
     scores = {name: value for name, value in report.items() if isinstance(value, dict) and "ppl" in value}

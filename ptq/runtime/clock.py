@@ -9,10 +9,10 @@ from itertools import pairwise
 
 import torch
 
-Moment = torch.cuda.Event | float
+Timestamp = torch.cuda.Event | float
 
 
-def now(device: torch.device | str) -> Moment:
+def now(device: torch.device | str) -> Timestamp:
     """This point in the device's work."""
     if torch.device(device).type != "cuda":
         return time.perf_counter()
@@ -21,7 +21,7 @@ def now(device: torch.device | str) -> Moment:
     return event
 
 
-def seconds_between(begin: Moment, end: Moment) -> float:
+def seconds_between(begin: Timestamp, end: Timestamp) -> float:
     """Both of one device; the work up to `end` must be done."""
     if isinstance(begin, torch.cuda.Event):
         return begin.elapsed_time(end) / 1e3  # type: ignore[arg-type]
@@ -34,7 +34,7 @@ class Clock:
     def __init__(self, device: torch.device | str):
         self._device = torch.device(device)
         self._open: list[str] = []
-        self._marks: list[tuple[str | None, Moment]] = []
+        self._marks: list[tuple[str | None, Timestamp]] = []
 
     def mark(self) -> None:
         """From now on the time belongs to the innermost phase that is open."""

@@ -21,7 +21,7 @@ TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
-class Team:
+class Ranks:
     """This process among `size`.  Alone, every function is the identity."""
 
     rank: int = 0
@@ -32,7 +32,7 @@ class Team:
         if self.deterministic and GROUPS % self.size:
             raise ValueError(f"--deterministic works on 1, 2, 4 or {GROUPS} ranks, not {self.size}")
 
-    def share(self, sequences: int) -> slice:
+    def shard(self, sequences: int) -> slice:
         """The sequences of this rank.  Raises ValueError where there are fewer than ranks, or than groups if that matters."""
         least = GROUPS if self.deterministic else self.size
         if sequences < least:
@@ -53,7 +53,7 @@ class Team:
         groups = self.groups(sequences)
         return [slice(group.start - groups[0].start, group.stop - groups[0].start) for group in groups]
 
-    def sum_to(self, tensor: Tensor, owner: int) -> None:
+    def reduce(self, tensor: Tensor, owner: int) -> None:
         """In place: the sum over ranks, valid on `owner`."""
         if self.size == 1:
             return
@@ -70,40 +70,40 @@ class Team:
             tensor += other
             step *= 2
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """In place: the sum over ranks, on every rank."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def largest(self, tensor: Tensor) -> Tensor:
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
         """In place: the largest over ranks, on every rank."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
-    def total(self, value: float, device: torch.device) -> float:
+    def all_reduce_value(self, value: float, device: torch.device) -> float:
         if self.size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=device)
         dist.all_reduce(tensor)
         return float(tensor)
 
-    def send(self, tensor: Tensor, owner: int) -> None:
+    def broadcast(self, tensor: Tensor, owner: int) -> None:
         """In place: `owner`'s tensor on every rank."""
         if self.size > 1:
             dist.broadcast(tensor, owner)
 
-    def collect(self, tensor: Tensor, sequences: int) -> Tensor:
+    def all_gather(self, tensor: Tensor, sequences: int) -> Tensor:
         """(sequences, …) of all ranks from each rank's own part, on every rank."""
         if self.size == 1:
             return tensor
         whole = tensor.new_zeros((sequences, *tensor.shape[1:]))
-        whole[self.share(sequences)] = tensor
+        whole[self.shard(sequences)] = tensor
         dist.all_reduce(whole)  # every element has one term that is not zero
         return whole
 
-    def exchange(self, value: object) -> list:
+    def all_gather_object(self, value: object) -> list:
         """Every rank's `value`, by rank."""
         values = [value] * self.size
         if self.size > 1:
@@ -112,7 +112,7 @@ class Team:
 
     def check_same(self, what: str, value: object) -> None:
         """Raises ValueError on every rank where one has another `value` than rank 0."""
-        values = self.exchange(value)
+        values = self.all_gather_object(value)
         others = [rank for rank, other in enumerate(values) if other != values[0]]
         if others:
             raise ValueError(f"rank {', '.join(map(str, others))} has another {what} than rank 0; all must be given the same")
@@ -127,34 +127,34 @@ def assign(costs: Sequence[float], ranks: int) -> list[int]:
     return owners
 
 
-def share_rows(stages: Sequence[tuple[int, int]], team: Team, *, divisible: bool) -> list[list[range]]:
+def shard_rows(stages: Sequence[tuple[int, int]], ranks: Ranks, *, divisible: bool) -> list[list[range]]:
     """For each stage (d_out, d_in) and each rank, the rows of the stage that the rank solves.
 
     Whole stages, or, if `divisible` and there are fewer of them than ranks, as many rows of every stage on each rank.  A
     factorization costs about as much as a sweep over as many rows as there are columns.
     """
-    ranks = range(team.size)
-    if divisible and len(stages) < team.size <= min(d_out for d_out, _ in stages) and not team.deterministic:
-        return [[range(d_out * r // team.size, d_out * (r + 1) // team.size) for r in ranks] for d_out, _ in stages]
-    owners = assign([(d_out + d_in) * d_in * d_in for d_out, d_in in stages], team.size)
-    return [[range(d_out if r == owner else 0) for r in ranks] for (d_out, _), owner in zip(stages, owners, strict=True)]
+    everyone = range(ranks.size)
+    if divisible and len(stages) < ranks.size <= min(d_out for d_out, _ in stages) and not ranks.deterministic:
+        return [[range(d_out * r // ranks.size, d_out * (r + 1) // ranks.size) for r in everyone] for d_out, _ in stages]
+    owners = assign([(d_out + d_in) * d_in * d_in for d_out, d_in in stages], ranks.size)
+    return [[range(d_out if r == owner else 0) for r in everyone] for (d_out, _), owner in zip(stages, owners, strict=True)]
 
 
 @contextmanager
-def joined(device: torch.device, *, deterministic: bool = False) -> Iterator[Team]:
-    """The team that torchrun started, or this process alone."""
+def init_process_group(device: torch.device, *, deterministic: bool = False) -> Iterator[Ranks]:
+    """The ranks that torchrun started, or this process alone."""
     if deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
-        yield Team(deterministic=deterministic)
+        yield Ranks(deterministic=deterministic)
         return
-    team = Team(int(os.environ["RANK"]), size, deterministic)
+    ranks = Ranks(int(os.environ["RANK"]), size, deterministic)
     on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
-    yield team
+    yield ranks
     dist.destroy_process_group()  # not after an error: the others may be waiting in the middle of something, torchrun ends them
 
 

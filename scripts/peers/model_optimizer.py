@@ -29,7 +29,14 @@ CONFIGS = {
     "mse": mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG,
     "local_hessian": mtq.NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG,
 }
-WEIGHTS = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor_group", "group_size": 16}
+IMPORTANCES = {
+    "num_bits": 4,
+    "type": "float",
+    "symmetric": True,
+    "dynamic": False,
+    "strategy": "tensor_group",
+    "group_size": 16,
+}
 
 
 def config(recipe: str) -> dict:
@@ -56,7 +63,7 @@ def rename(exported: Path, output: Path) -> None:
                 tensors[name] = tensor
         save_file(tensors, output / path.name, metadata={"format": "pt"})
     described = json.loads((exported / "config.json").read_text())
-    group = {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": None, "output_activations": None}
+    group = {"targets": ["Linear"], "weights": IMPORTANCES, "input_activations": None, "output_activations": None}
     described["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "nvfp4-pack-quantized",
