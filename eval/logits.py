@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ptq.calibrate.hooks import observe_outputs
+from ptq.runtime.hooks import observe_outputs
 
 Logits = Callable[[int, Tensor], Tensor]
 """(index of the window, its token ids (n,)) -> logits (n - 1, vocabulary) of all but its first token."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptq.eval.logits import first_non_finite, is_finite
-from ptq.models.llama import FAMILIES
 
 Sequence_ = tuple[int, ...]
 NODES = 512  # of a tree, unless its longest sequence has more than half of that: attention is over all nodes
@@ -84,10 +83,13 @@ def make_batches(trees: Iterable[Tree], room: int) -> Iterator[list[Tree]]:
         yield batch
 
 
+FOLLOW_THE_MASK = ("llama", "mistral", "qwen2", "qwen3")
+
+
 def can_share(model: Any, longest: int) -> bool:
     """Whether the model is one whose attention follows the mask it is given over `longest` tokens, and nothing but the mask."""
     window = getattr(model.config, "sliding_window", None)
-    return model.config.model_type in FAMILIES and (window is None or longest <= window)
+    return model.config.model_type in FOLLOW_THE_MASK and (window is None or longest <= window)
 
 
 def hidden_states(model: PreTrainedModel, batch: Sequence[Tree]) -> Tensor:

@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ptq.models.llama import LlamaAdapter, check_family
+from ptq.models.adapter import ModelAdapter
+from ptq.models.families import family_of
 from ptq.models.shards import Shards, read_header, shard_paths
 from ptq.models.streaming import StreamingAdapter
 
@@ -48,7 +49,7 @@ def load_model(
 
 def open_model(
     source: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
-) -> tuple[LlamaAdapter, PreTrainedTokenizerBase, dict[str, Any]]:
+) -> tuple[ModelAdapter, PreTrainedTokenizerBase, dict[str, Any]]:
     """(adapter, tokenizer, what identifies the model's files).  Layers are read when they are asked for, if the model is in
     safetensors files; one of another kind (GGUF, .bin) is loaded whole.  dtype and errors as for `load_model`."""
     where, extra = locate(source)
@@ -58,7 +59,7 @@ def open_model(
     if extra or not shard_paths(folder):
         model, tokenizer = load_model(source, dtype=dtype, device=device)
         files = [folder / extra["gguf_file"]] if extra else sorted(folder.glob("*.bin"))
-        return LlamaAdapter(model.requires_grad_(False)), tokenizer, {file.name: [file.stat().st_size, ""] for file in files}
+        return ModelAdapter(model.requires_grad_(False)), tokenizer, {file.name: [file.stat().st_size, ""] for file in files}
     config = load_config(source, where, extra)
     tokenizer = load_tokenizer(source, where, extra)
     shards = Shards(folder)
@@ -84,7 +85,7 @@ def load_config(source: str, where: str, extra: dict[str, str]) -> PretrainedCon
         config = AutoConfig.from_pretrained(where, **extra)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
-    check_family(config, source)
+    family_of(config, source)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{source} is quantized already ({config.quantization_config.get('quant_method')}); give the original")
     return config

@@ -1,15 +1,15 @@
 """A model of which one layer is in memory at a time, read from safetensors files while the one before is worked on."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ptq.models.llama import LlamaAdapter
+from ptq.models.adapter import ModelAdapter
+from ptq.runtime.adapter import Layer
 from ptq.runtime.checks import check_finite
 from ptq.runtime.clock import phase
 
@@ -17,11 +17,11 @@ Read = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Tensors by their names in the checkpoint; called from another thread than the one that uses them."""
 
 
-class StreamingAdapter(LlamaAdapter):
+class StreamingAdapter(ModelAdapter):
     """The adapter (ptq.runtime.adapter) of a model whose tensors read(names) gives when they are needed.
 
-    The skeleton is on the meta device.  What stands before and after the layers is held only while no layer is asked for.
-    Layers are fresh copies each time: what is changed in one is gone with it.
+    The skeleton's tensors are on the meta device.  What stands before and after the layers is there only while no layer is
+    asked for.  Layers are fresh copies each time: what is changed in one is gone with it.
     """
 
     def __init__(self, config: PretrainedConfig, read: Read, *, dtype: torch.dtype, device: torch.device | str):
@@ -29,23 +29,24 @@ class StreamingAdapter(LlamaAdapter):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         super().__init__(model.eval().requires_grad_(False))
         self.dtype, self.device, self._read = dtype, torch.device(device), read
-        self._rotary: Any = type(self._body.rotary_emb)(config).to(self.device)
-        self._ends: dict[str, Any] = {}
+        self._loaded: set[str] = set()
+        for module in self.model.modules():
+            fill_buffers(self.model, module, self.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        self.check_length(tokens)
-        return self._end("model.embed_tokens", self._body.embed_tokens)(tokens)
+        self._load(name for name in self.ends_names() if not name.startswith("lm_head."))
+        return super().embed(tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        norm = self._end("model.norm", self._body.norm)
-        if self.config.tie_word_embeddings:
-            return nn.functional.linear(norm(hidden), self._end("model.embed_tokens", self._body.embed_tokens).weight)
-        return self._end("lm_head", self._head)(norm(hidden))
+        embedding = self.model.get_input_embeddings()
+        unused = set() if self.config.tie_word_embeddings else {f"{self._name_of(embedding)}.weight"}
+        self._load(name for name in self.ends_names() if name not in unused)
+        return super().logits(hidden)
 
-    def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self._rotary(hidden, position_ids=positions)
+    def skeleton(self) -> Iterator[Layer]:
+        yield from super().layers()
 
-    def layers(self, order: Sequence[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    def layers(self, order: Sequence[int] | None = None) -> Iterator[Layer]:
         waiting = list(range(len(self.names)) if order is None else order)
         with ThreadPoolExecutor(1) as reader:
             following: Future | None = None
@@ -53,44 +54,79 @@ class StreamingAdapter(LlamaAdapter):
                 with phase("load"):
                     tensors = (following or self._begin(reader, index)).result()
                     following = self._begin(reader, waiting[position + 1]) if position + 1 < len(waiting) else None
-                    self._ends.clear()
-                    layer = self._fill(self._body.layers[index], self.names[index], tensors)
+                    self._unload()
+                    layer = Layer(index, self.names[index], copy.deepcopy(self._body.layers[index]))
+                    fill(layer.module, layer.name, self._to_device(tensors))
                     del tensors
-                yield self.names[index], layer
+                yield layer
                 del layer
 
+    def ends_names(self) -> list[str]:
+        return list(super().ends())
+
     def ends(self) -> dict[str, Tensor]:
-        names = list(super().ends())
-        return {name: tensor.to(self.dtype) for name, tensor in self._read(names).items()}
+        return {name: tensor.to(self.dtype) for name, tensor in self._read(self.ends_names()).items()}
 
     def in_dtype(self, dtype: torch.dtype) -> "StreamingAdapter":
         """The same model with parameters of another dtype."""
-        other = copy.copy(self)
-        other.dtype, other._ends = dtype, {}
-        return other
+        return StreamingAdapter(self.config, self._read, dtype=dtype, device=self.device)
 
     def _begin(self, reader: ThreadPoolExecutor, index: int) -> Future:
         prefix = self.names[index]
         return reader.submit(self._read, [f"{prefix}.{name}" for name in self._body.layers[index].state_dict()])
 
-    def _end(self, name: str, module: nn.Module) -> Any:
-        if name not in self._ends:
-            with phase("load"):
-                tensors = self._read([f"{name}.{key}" for key in module.state_dict()])
-                self._ends[name] = self._fill(module, name, tensors)
-        return self._ends[name]
+    def _to_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device, self.dtype, non_blocking=True) for name, tensor in tensors.items()}
 
-    def _fill(self, skeleton: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """The module with its tensors.  Raises ValueError for one of another shape, or with a value that is not finite."""
-        module = copy.deepcopy(skeleton)
-        state: dict[str, Tensor] = {}
-        for key, meta in skeleton.state_dict().items():
-            tensor = tensors[f"{prefix}.{key}"].to(self.device, self.dtype, non_blocking=True)
-            if tensor.shape != meta.shape:
-                raise ValueError(f"{prefix}.{key} has shape {tuple(tensor.shape)} where the config says {tuple(meta.shape)}")
-            state[key] = tensor
-        module.load_state_dict(state, assign=True)
-        if not torch.stack([tensor.isfinite().all() for tensor in state.values()]).all():
-            for key, tensor in state.items():
-                check_finite(f"{prefix}.{key}", tensor)
-        return module.requires_grad_(False)
+    def _load(self, names: Iterable[str]) -> None:
+        """Puts tensors outside of the layers into the skeleton."""
+        missing = [name for name in names if name not in self._loaded]
+        if missing:
+            with phase("load"):
+                fill(self.model, "", self._to_device(self._read(missing)))
+            self._loaded |= set(missing)
+            self._tie()
+
+    def _unload(self) -> None:
+        state = self.model.state_dict()
+        self.model.load_state_dict({name: state[name].to("meta") for name in self._loaded}, strict=False, assign=True)
+        self._loaded.clear()
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight  # type: ignore[union-attr]
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, other in self.model.named_modules() if other is module)
+
+    def _buffers_on(self) -> torch.device:
+        return self.device
+
+
+def fill(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Puts `tensors` in the place of the module's own.  Raises ValueError for one of another shape, or with a value that is
+    not finite."""
+    state = {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
+    there = module.state_dict()
+    for key, tensor in state.items():
+        if tensor.shape != there[key].shape:
+            full = f"{prefix}.{key}" if prefix else key
+            raise ValueError(f"{full} has shape {tuple(tensor.shape)} where the config says {tuple(there[key].shape)}")
+    module.load_state_dict(state, strict=False, assign=True)
+    if not torch.stack([tensor.isfinite().all() for tensor in state.values()]).all():
+        for name, tensor in tensors.items():
+            check_finite(name, tensor)
+    module.requires_grad_(False)
+
+
+def fill_buffers(model: nn.Module, module: nn.Module, device: torch.device) -> None:
+    """Gives the module those of its own buffers that no checkpoint holds (rotary frequencies, embedding factors), as the
+    model's class initializes them."""
+    names = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
+    if names:
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        model._init_weights(module)  # type: ignore[operator]
+        for name in names:
+            module._buffers[name] = module._buffers[name].to(device)

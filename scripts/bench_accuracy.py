@@ -23,11 +23,12 @@ from ptq.core.formats import FORMATS
 from ptq.core.scales import RULES
 from ptq.data.text import VALIDATION_SEQUENCES, all_windows, read_documents, sample_windows
 from ptq.eval.perplexity import Score, evaluate
-from ptq.models.llama import LlamaAdapter
+from ptq.models.adapter import ModelAdapter
 from ptq.models.loading import load_model
-from ptq.run.config import QuantConfig, make_config, settings_of
-from ptq.run.loop import quantize_model
+from ptq.run.loop import Calibration, quantize_model
 from ptq.run.plan import named_format
+from ptq.run.recipe import Recipe
+from ptq.run.settings import make_recipe, settings_of
 from ptq.run.solve import Record
 
 FIELDS = (
@@ -74,7 +75,7 @@ def weights_of(
     model: transformers.PreTrainedModel, batches: tuple[Tensor, ...], seed: int, cases: list[dict]
 ) -> tuple[dict[str, TokenImportance | None], dict[str, dict[str, Tensor]]]:
     """By name, token weights and curvature of what the cases want, each but `none` a backward pass."""
-    adapter = LlamaAdapter(model)
+    adapter = ModelAdapter(model)
     curvatures: dict[str, dict[str, Tensor]] = {}
     weights: dict[str, TokenImportance | None] = {"none": None}
     for name in {case["token_importance"] for case in cases} - {"none"}:
@@ -84,7 +85,7 @@ def weights_of(
     return weights, curvatures
 
 
-def runs_of(args: argparse.Namespace) -> list[tuple[dict, QuantConfig]]:
+def runs_of(args: argparse.Namespace) -> list[tuple[dict, Recipe]]:
     """(the row's settings, what to do) of every run of one seed.  Raises ValueError for a case that there is not."""
     runs = []
     for name in args.formats:
@@ -93,13 +94,11 @@ def runs_of(args: argparse.Namespace) -> list[tuple[dict, QuantConfig]]:
         for case in map(settings_of, args.cases):
             for damp in args.damp if case["method"] == "gptq" else args.damp[:1]:
                 settings = {"format": label, **case, "damp": damp, "ridge": args.ridge}
-                runs.append((settings, make_config(format, case, damp, ridge=args.ridge)))
+                runs.append((settings, make_recipe(format, case, damp, ridge=args.ridge)))
     return runs
 
 
-def measure(
-    args: argparse.Namespace, runs: list[tuple[dict, QuantConfig]]
-) -> Iterator[tuple[dict, dict[str, Score], list[Record]]]:
+def measure(args: argparse.Namespace, runs: list[tuple[dict, Recipe]]) -> Iterator[tuple[dict, dict[str, Score], list[Record]]]:
     """(the row's settings, score by text, records) of each run, the unquantized model first."""
     model, tokenizer = load_model(args.model, dtype=torch.float32, device=args.device)
     model.requires_grad_(False)
@@ -108,24 +107,19 @@ def measure(
         documents = [text for source in sources for text in read_documents(source)]
         return all_windows(lambda text: tokenizer(text, verbose=False)["input_ids"], documents, args.length, sources[0])
 
-    calibration = windows(args.calibration)
+    drawn_from = windows(args.calibration)
     tests = {Path(source).name: windows([source])[: args.windows].to(args.device) for source in args.evaluate}
     yield {"method": "original"}, scores(model, model, tests), []
     for seed in args.seeds:
-        drawn = sample_windows(calibration, args.sequences, seed, args.calibration[0], validation=VALIDATION_SEQUENCES)
+        drawn = sample_windows(drawn_from, args.sequences, seed, args.calibration[0], validation=VALIDATION_SEQUENCES)
         batches, validation = drawn[: args.sequences].to(args.device).split(16), drawn[args.sequences :]
         weights, curvatures = weights_of(model, batches, seed, [settings for settings, _ in runs])
-        for settings, config in runs:
+        for settings, recipe in runs:
             begin = time.perf_counter()
             quantized = copy.deepcopy(model)
-            results = quantize_model(
-                LlamaAdapter(quantized),
-                batches,
-                config,
-                weights[settings["token_importance"]],
-                curvatures.get(settings["token_importance"]),
-                validation.to(args.device),
-            )
+            kind = settings["token_importance"]
+            calibration = Calibration(batches, weights[kind], curvatures.get(kind), validation.to(args.device))
+            results = quantize_model(ModelAdapter(quantized), recipe, calibration)
             records = [record for record, _ in results]
             seconds = round(time.perf_counter() - begin, 2)
             yield settings | {"seed": seed, "seconds": seconds}, scores(model, quantized, tests), records

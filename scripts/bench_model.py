@@ -26,13 +26,15 @@ from transformers import LlamaConfig
 
 from ptq.calibrate.activations import default_batch
 from ptq.core.formats import get_format
-from ptq.cost.estimate import floor_seconds, operations, shape_of
+from ptq.cost.estimate import floor_seconds
+from ptq.cost.shape import operations, shape_of
 from ptq.data.text import VALIDATION_SEQUENCES
+from ptq.export.compressed_tensors import CompressedTensors
 from ptq.models.random import SHAPES, random_adapter, shape_config
-from ptq.run.config import DRIFTS, EFFORTS, IMPORTANCES, make_config
 from ptq.run.job import Job, do_layers
 from ptq.run.plan import make_plan
 from ptq.run.resume import Unfinished
+from ptq.run.settings import DRIFTS, EFFORTS, IMPORTANCES, make_recipe
 from ptq.runtime.clock import Clock, timed
 from ptq.runtime.distributed import Ranks, init_process_group
 
@@ -75,14 +77,13 @@ def parse_arguments() -> argparse.Namespace:
 def make_job(args: argparse.Namespace, config: LlamaConfig, sequences: int) -> Job:
     device = torch.device(args.device)
     adapter = random_adapter(config, device)
-    quantization = make_config(get_format(args.format), vars(args))
+    recipe = make_recipe(get_format(args.format), vars(args))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (sequences + VALIDATION_SEQUENCES, args.length), generator=generator)
-    plan = make_plan(adapter, quantization)
     return Job(
         adapter,
-        quantization,
-        plan,
+        make_plan(adapter, recipe),
+        CompressedTensors(),
         tokens[:sequences],
         device,
         args.token_importance,
@@ -118,7 +119,7 @@ def measure(args: argparse.Namespace, ranks: Ranks) -> dict:
         if args.digest and ranks.rank == 0:
             files = sorted((place / "whole").glob("**/*.safetensors"))
             print(hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest())
-    shape = shape_of(job.plan, job.adapter, args.sequences, args.length, job.config, job.importance)
+    shape = shape_of(job.plan, job.adapter, args.sequences, args.length, job.importance)
     return {
         "seconds_total": round(total, 2),
         **{f"{name}_s": round(seconds, 3) for name, seconds in clock.seconds().items()},

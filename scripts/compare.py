@@ -35,11 +35,12 @@ from ptq.eval.logits import run as run_model
 from ptq.eval.report import markdown, page
 from ptq.eval.results import stamp, surroundings, write
 from ptq.eval.text import First, Text, measure_text, tokenize
-from ptq.models.llama import LlamaAdapter
+from ptq.models.adapter import ModelAdapter
 from ptq.models.loading import check_fit, quiet
-from ptq.run.config import QuantConfig, make_config, settings_of
-from ptq.run.loop import quantize_model
+from ptq.run.loop import Calibration, quantize_model
 from ptq.run.plan import make_plan, named_format
+from ptq.run.recipe import Recipe
+from ptq.run.settings import make_recipe, settings_of
 from ptq.run.shared_hessians import quantize_from, store_hessians
 
 CASES = ["rtn-absmax-none", "rtn-local-none", "gptq-absmax-none", "gptq-mse-none", "gptq-local-none", "default"]
@@ -52,18 +53,21 @@ HOW = {False: "shared Hessians", True: "sequential"}
 class Case:
     """What to do, whose weights tokens have, and whether by itself on the layers quantized before."""
 
-    config: QuantConfig
+    recipe: Recipe
     importance: str
     sequential: bool
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """For sequential cases: token ids, token weights by name, and the curvature by importance and linear where rows want it."""
+class Sequential:
+    """For sequential cases: token ids, and by the name of an importance, what tokens count for and the curvature of the loss."""
 
     batches: tuple[Tensor, ...] = ()
     importances: Mapping[str, TokenImportance | None] = field(default_factory=dict)
     curvatures: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def calibration(self, case: Case) -> Calibration:
+        return Calibration(self.batches, self.importances[case.importance], self.curvatures.get(case.importance))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -106,8 +110,8 @@ def cases_of(args: argparse.Namespace) -> dict[str, Case]:
 def parse_case(name: str, case: str, args: argparse.Namespace) -> Case:
     """A case (ptq.run.config.settings_of) in the format `name`."""
     chosen = settings_of(case)
-    config = make_config(named_format(name, args.block), chosen, args.damp)
-    return Case(config, chosen["token_importance"], args.sequential or config.drift > 0 or config.row_feedback)
+    recipe = make_recipe(named_format(name, args.block), chosen, args.damp)
+    return Case(recipe, chosen["token_importance"], args.sequential or recipe.drift > 0 or recipe.row_feedback)
 
 
 def run(args: argparse.Namespace) -> list[dict]:
@@ -121,7 +125,7 @@ def run(args: argparse.Namespace) -> list[dict]:
             loaded = load_any(args.model, dtype=torch.float32, device=args.device)
         loaded.model.requires_grad_(False)
         for case in cases.values():
-            make_plan(LlamaAdapter(loaded.model), case.config)
+            make_plan(ModelAdapter(loaded.model), case.recipe)
         args.output.mkdir(parents=True, exist_ok=True)
         text = Text(args.text, texts[args.text], args.window, args.windows)
         for label, result in measure(loaded, text, texts[args.calibration], cases, results, args):
@@ -176,27 +180,26 @@ def measure(
         yield ORIGINAL, original
     first = First(kept, original["text"]["fingerprint"], original["text"]["vocabulary"])
     missing = {label: case for label, case in cases.items() if not results[label]}
-    calibration = calibrate(loaded, documents, missing, args)
+    sequential = calibrate(loaded, documents, missing, args)
     for label, case in missing.items():
         begin = time.perf_counter()
         model = copy.deepcopy(loaded.model)
-        for _ in tqdm(quantize(LlamaAdapter(model), case, calibration, args), label, unit="linear", disable=None):
+        for _ in tqdm(quantize(ModelAdapter(model), case, sequential, args), label, unit="linear", disable=None):
             pass
         seconds = time.perf_counter() - begin
         result = scored(label, Loaded(model, loaded.tokenizer, 0.0, []), first)
-        bits = case.config.format.bits_per_weight
+        bits = case.recipe.format.bits_per_weight
         yield label, result | {"bits_per_weight": bits, "quantize_seconds": seconds, "made_by": HOW[case.sequential]}
 
 
-def quantize(adapter: LlamaAdapter, case: Case, calibration: Calibration, args: argparse.Namespace) -> Iterator:
+def quantize(adapter: ModelAdapter, case: Case, sequential: Sequential, args: argparse.Namespace) -> Iterator:
     """Quantizes the model in place, one item a linear."""
     if not case.sequential:
-        return quantize_from(adapter, args.output / "hessians", case.importance, case.config)
-    weights, curvature = calibration.importances[case.importance], calibration.curvatures.get(case.importance)
-    return quantize_model(adapter, calibration.batches, case.config, weights, curvature if case.config.row_feedback else None)
+        return quantize_from(adapter, args.output / "hessians", case.importance, case.recipe)
+    return quantize_model(adapter, case.recipe, sequential.calibration(case))
 
 
-def calibrate(loaded: Loaded, documents: list[str], cases: Mapping[str, Case], args: argparse.Namespace) -> Calibration:
+def calibrate(loaded: Loaded, documents: list[str], cases: Mapping[str, Case], args: argparse.Namespace) -> Sequential:
     """What the sequential cases need; the Hessians of the others are stored unless they are there already."""
     shared = sorted({case.importance for case in cases.values() if not case.sequential})
     noted = args.output / "hessians" / "settings.json"
@@ -206,16 +209,16 @@ def calibrate(loaded: Loaded, documents: list[str], cases: Mapping[str, Case], a
     to_store = [] if there.get("depends") == depends and set(shared) <= set(there["importances"]) else shared
     wanted = sorted({case.importance for case in cases.values() if case.sequential} | set(to_store))
     if not wanted:
-        return Calibration()
+        return Sequential()
     windows = all_windows(
         lambda text: loaded.tokenizer(text, verbose=False)["input_ids"], documents, args.length, args.calibration
     )  # type: ignore[arg-type]
     check_fit(int(windows.max()), loaded.model, args.model)
     tokens = sample_windows(windows, args.sequences, args.seed, args.calibration).to(args.device)
     batches = tokens.split(max(1, TOKENS_AT_ONCE // args.length))
-    adapter = LlamaAdapter(loaded.model)
+    adapter = ModelAdapter(loaded.model)
     seeds = {"text": None, "sampled": args.seed}
-    curvatures: dict[str, dict[str, Tensor]] = {case.importance: {} for case in cases.values() if case.config.row_feedback}
+    curvatures: dict[str, dict[str, Tensor]] = {case.importance: {} for case in cases.values() if case.recipe.row_feedback}
     importances: dict[str, TokenImportance | None] = {"none": None}
     for name in set(wanted) - {"none"}:
         keep = keep_in(curvatures[name]) if name in curvatures else None
@@ -224,11 +227,10 @@ def calibrate(loaded: Loaded, documents: list[str], cases: Mapping[str, Case], a
         noted.parent.mkdir(parents=True, exist_ok=True)
         noted.unlink(missing_ok=True)
         stored = {name: importances[name] for name in to_store}
-        store_hessians(
-            adapter, batches, stored, noted.parent, lambda layers: tqdm(layers, "Hessians", unit="layer", disable=None)
-        )
+        with tqdm(total=len(adapter.names), desc="Hessians", unit="layer", disable=None) as bar:
+            store_hessians(adapter, batches, stored, noted.parent, lambda _layer: bar.update())
         write(noted, json.dumps({"depends": depends, "importances": to_store}))
-    return Calibration(batches, importances, curvatures)
+    return Sequential(batches, importances, curvatures)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,19 +32,23 @@ import ptq
 from ptq.calibrate.activations import default_batch
 from ptq.core.formats import FORMATS, get_format
 from ptq.core.scales import RULES
-from ptq.cost.estimate import disk_bytes, shape_of
+from ptq.cost.estimate import disk_bytes
 from ptq.cost.preview import make_preview
+from ptq.cost.shape import shape_of
 from ptq.data.text import VALIDATION_SEQUENCES, all_windows, read_documents, sample_windows
 from ptq.eval.perplexity import Score, evaluate
-from ptq.export.checkpoint import DTYPE, ReadBackError, check_output, layers_that_fit, save_text, verify, write_rest
+from ptq.export.checkpoint import DTYPE, ReadBackError, layers_that_fit, verify, write_rest
+from ptq.export.compressed_tensors import CompressedTensors
+from ptq.export.files import check_output, save_text
 from ptq.methods import METHODS
-from ptq.models.llama import LlamaAdapter
+from ptq.models.adapter import ModelAdapter
 from ptq.models.loading import check_fit, load_model, open_model, quiet
-from ptq.run.config import DRIFTS, EFFORTS, IMPORTANCES, QuantConfig, make_config
 from ptq.run.job import Job, do_layers
 from ptq.run.loop import quantize_model
 from ptq.run.plan import make_plan, with_block
+from ptq.run.recipe import Recipe, as_rules
 from ptq.run.resume import Unfinished, fingerprint, unfinished_folder
+from ptq.run.settings import DRIFTS, EFFORTS, IMPORTANCES, make_recipe
 from ptq.run.solve import CertificateError, Record
 from ptq.run.summary import summary
 from ptq.runtime.distributed import init_process_group, local_device
@@ -136,14 +140,14 @@ def run(args: argparse.Namespace) -> dict | str | None:
         return preview(args)
     args.device = local_device(args.device)
     job, tokenizer, eval_windows, about = prepare(args)
-    size = job.plan.checkpoint_bytes(job.adapter.parameters(), job.config.format)
+    size = job.plan.checkpoint_bytes(job.adapter.parameters())
     with ExitStack() as at_the_end:
         output = (args.output or Path(at_the_end.enter_context(tempfile.TemporaryDirectory())) / "checkpoint").absolute()
         with init_process_group(job.device, deterministic=args.deterministic) as ranks:
             for part, value in about.items():
                 ranks.check_same("calibration set" if part == "calibration" else part, value)
             if ranks.rank == 0 and not unfinished_folder(output).exists():
-                work = shape_of(job.plan, job.adapter, len(job.calibration), args.length, job.config, job.importance)
+                work = shape_of(job.plan, job.adapter, len(job.calibration), args.length, job.importance)
                 check_output(output, int(1.05 * (size + disk_bytes(work))) + 2**24)
             unfinished = Unfinished(output, about, len(job.adapter.names), resume=args.resume, ranks=ranks)
             at_the_end.callback(unfinished.close)
@@ -165,14 +169,13 @@ def preview(args: argparse.Namespace) -> str:
         adapter, _, _ = open_model(args.model, dtype=model_dtype(args), device="cpu")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     return make_preview(
-        adapter, quantization(args), args.sequences, args.length, args.token_importance,
+        adapter, as_rules(recipe_of(args), args.ignore), args.sequences, args.length, args.token_importance,
         batch=args.batch, on_host=PLACES[args.activations], ranks=ranks, output=args.output or Path("output"),
     ).text()  # fmt: skip
 
 
-def quantization(args: argparse.Namespace) -> QuantConfig:
-    format = with_block(get_format(args.format), args.block)
-    return make_config(format, vars(args), args.damp, ignore=tuple(args.ignore))
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    return make_recipe(with_block(get_format(args.format), args.block), vars(args), args.damp)
 
 
 def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
@@ -181,17 +184,19 @@ def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
 
 def prepare(args: argparse.Namespace) -> tuple[Job, PreTrainedTokenizerBase, Tensor | None, dict]:
     """(what to do, tokenizer, windows to evaluate on, fingerprint); reads no weights of a model in safetensors files."""
-    config = quantization(args)
+    recipe = recipe_of(args)
     texts = {source: read_documents(source) for source in (args.calibration, args.evaluate) if source}
     with quiet():
         adapter, tokenizer, files = open_model(args.model, dtype=model_dtype(args), device=args.device)
-    plan = make_plan(adapter, config)
+    plan = make_plan(adapter, recipe, args.ignore)
     calibration, validation, eval_windows = token_windows(args, texts, adapter.model, tokenizer)
     device = torch.device(args.device)
-    settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {"block": config.format.block, "device": device.type}
+    settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {"block": recipe.format.block, "device": device.type}
     batch = args.batch or default_batch(adapter.config.hidden_size, args.length, device)
     place = PLACES[args.activations]
-    job = Job(adapter, config, plan, calibration, device, args.token_importance, args.seed, batch, place, validation)
+    job = Job(
+        adapter, plan, CompressedTensors(), calibration, device, args.token_importance, args.seed, batch, place, validation
+    )
     return job, tokenizer, eval_windows, fingerprint(files, calibration, settings)
 
 
@@ -216,16 +221,16 @@ def finish(
     args: argparse.Namespace, job: Job, tokenizer: PreTrainedTokenizerBase, eval_windows: Tensor | None, unfinished: Unfinished
 ) -> dict:
     """Writes what is not in a layer, has transformers read all of it back, and compares; returns the report."""
-    folder, config = unfinished.checkpoint, job.config
-    write_rest(folder, job.adapter, tokenizer, config.format, job.plan.ignored)
+    folder, recipe, formats = unfinished.checkpoint, recipe_of(args), job.plan.formats
+    write_rest(folder, job.adapter, tokenizer, formats, job.layout, job.plan.ignored)
     layers = layers_that_fit(len(job.adapter.names), job.adapter.parameters(), job.device)
     with quiet():
         tokens = job.calibration[:1, :VERIFY_TOKENS].to(job.device)
-        difference = verify(folder, job.adapter, tokens, config.format, layers)
+        difference = verify(folder, job.adapter, tokens, formats, job.layout, layers)
     if difference:
         raise ReadBackError(f"the checkpoint reads back with logits {difference:.3g} away from the model it was made of")
-    label = config.method if config.method == "gptq" or config.rule == "absmax" else f"{config.method}-{config.rule}"
-    report = describe(args, config, unfinished.records(), compare(args, config, folder, label, eval_windows))
+    label = recipe.method if recipe.method == "gptq" or recipe.rule == "absmax" else f"{recipe.method}-{recipe.rule}"
+    report = describe(args, recipe, unfinished.records(), compare(args, recipe, folder, label, eval_windows))
     return report | {"reload_max_abs_diff": difference, "reload_layers": layers}
 
 
@@ -243,11 +248,11 @@ def token_windows(
     return drawn[: args.sequences], validation, windows[args.evaluate][: args.windows] if args.evaluate else None
 
 
-def describe(args: argparse.Namespace, config: QuantConfig, records: list[Record], scores: dict[str, Score]) -> dict:
+def describe(args: argparse.Namespace, recipe: Recipe, records: list[Record], scores: dict[str, Score]) -> dict:
     """The report but for what writing adds to it."""
     return {
         "model": args.model,
-        "settings": {name: getattr(args, name) for name in SETTINGS} | {"block": config.format.block},
+        "settings": {name: getattr(args, name) for name in SETTINGS} | {"block": recipe.format.block},
         **{name: asdict(value) for name, value in scores.items()},
         "linears": [asdict(record) for record in records],
         "versions": {"ptq": ptq.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
@@ -255,16 +260,15 @@ def describe(args: argparse.Namespace, config: QuantConfig, records: list[Record
     }
 
 
-def rounded(model: PreTrainedModel, config: QuantConfig) -> PreTrainedModel:
+def rounded(model: PreTrainedModel, recipe: Recipe, ignore: list[str]) -> PreTrainedModel:
     """The model after RTN with absmax scales, in place: the baseline."""
-    baseline = QuantConfig(config.format, "rtn", "absmax", config.damp, config.ignore)
-    for _ in quantize_model(LlamaAdapter(model), None, baseline):
+    for _ in quantize_model(ModelAdapter(model), Recipe(recipe.format, "rtn", "absmax"), ignore=ignore):
         pass
     return model
 
 
 def compare(
-    args: argparse.Namespace, config: QuantConfig, folder: Path, label: str, eval_windows: Tensor | None
+    args: argparse.Namespace, recipe: Recipe, folder: Path, label: str, eval_windows: Tensor | None
 ) -> dict[str, Score]:
     """Scores of the original, of RTN with absmax scales, and of the checkpoint as transformers loads it, all in one dtype."""
     if eval_windows is None:
@@ -274,7 +278,7 @@ def compare(
         checkpoint = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE, attn_implementation="sdpa").to(args.device)
         checkpoint.eval()(eval_windows[:1, :2].to(args.device))  # weights are unpacked at the first forward
         checkpoint.to(dtype=original.dtype)  # type: ignore[call-arg]
-    models = {"original": original, "rtn": rounded(copy.deepcopy(original), config), label: checkpoint}
+    models = {"original": original, "rtn": rounded(copy.deepcopy(original), recipe, args.ignore), label: checkpoint}
     return evaluate(models, tqdm(eval_windows, "evaluate", unit="window", disable=None))
 
 

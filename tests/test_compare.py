@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
+from ptq.run.config import QuantConfig
 
 from ptq.core.formats import NVFP4
-from ptq.models.llama import LlamaAdapter
-from ptq.run.config import QuantConfig
+from ptq.models.adapter import ModelAdapter
 from ptq.run.loop import quantize_model
 from ptq.run.shared_hessians import quantize_from, store_hessians
 
@@ -28,12 +28,12 @@ def batches() -> list[torch.Tensor]:
 
 def test_the_first_layer_is_the_sequential_runners_and_the_others_see_the_original(tmp_path):
     model = tiny_model()
-    store_hessians(LlamaAdapter(model), batches(), {"none": None}, tmp_path)
+    store_hessians(ModelAdapter(model), batches(), {"none": None}, tmp_path)
     config = QuantConfig(NVFP4, "gptq", "local")
     shared, sequential = copy.deepcopy(model), copy.deepcopy(model)
-    names = [name for name, _ in quantize_from(LlamaAdapter(shared), tmp_path, "none", config)]
+    names = [name for name, _ in quantize_from(ModelAdapter(shared), tmp_path, "none", config)]
     assert len(names) == 14 and len(set(names)) == 14
-    for _ in quantize_model(LlamaAdapter(sequential), batches(), config):
+    for _ in quantize_model(ModelAdapter(sequential), batches(), config):
         pass
     first, second = ({k: v for k, v in shared.state_dict().items() if f"layers.{i}." in k} for i in (0, 1))
     theirs = sequential.state_dict()
@@ -42,7 +42,7 @@ def test_the_first_layer_is_the_sequential_runners_and_the_others_see_the_origin
     partly = copy.deepcopy(model)  # the second layer quantized alone has the Hessians of the original
     partly.model.layers[1].load_state_dict(shared.model.layers[1].state_dict())
     again = copy.deepcopy(model)
-    seen = dict(quantize_from(LlamaAdapter(again), tmp_path, "none", config))
+    seen = dict(quantize_from(ModelAdapter(again), tmp_path, "none", config))
     weight = partly.model.layers[1].mlp.up_proj.weight
     assert torch.equal(seen["model.layers.1.mlp.up_proj"].dequantize(), weight)
 
@@ -51,7 +51,7 @@ def test_activations_that_are_not_finite_name_the_stage(tmp_path):
     model = tiny_model()
     model.model.layers[1].input_layernorm.weight.data[3] = float("inf")
     with pytest.raises(ValueError, match=r"model.layers.1.self_attn.q_proj: non-finite activations in 1 input columns"):
-        store_hessians(LlamaAdapter(model), batches(), {"none": None}, tmp_path)
+        store_hessians(ModelAdapter(model), batches(), {"none": None}, tmp_path)
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def test_ranks_share_the_sequences_in_groups_that_do_not_depend_on_them(sequence
 
 def test_what_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="1 calibration sequences are too few to divide into 2 parts"):
-        Ranks(0, 2).share(1)
+        Ranks(0, 2).shard(1)
     with pytest.raises(ValueError, match="--deterministic works on 1, 2, 4 or 8 ranks, not 3"):
         Ranks(0, 3, deterministic=True)
 

@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ptq.run.config import DRIFTS, QuantConfig
 
 from ptq.calibrate.collect import look
 from ptq.calibrate.drift import Drift
 from ptq.calibrate.hessian import Hessian
-from ptq.calibrate.hooks import observe_outputs
 from ptq.calibrate.validation import Validation
-from ptq.models.llama import FAMILIES, LlamaAdapter
-from ptq.run.config import DRIFTS, QuantConfig
+from ptq.models.adapter import ModelAdapter
+from ptq.models.families import FAMILIES
 from ptq.run.loop import quantize_model
+from ptq.runtime.hooks import observe_outputs
 
 from .test_runner import tokens
 from .tiny import tiny_model
@@ -76,7 +77,7 @@ def test_dead_inputs_are_left_alone():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_writers_outputs_are_what_they_leave_in_the_stream(family):
-    adapter = LlamaAdapter(tiny_model(family))
+    adapter = ModelAdapter(tiny_model(family))
     hidden = adapter.embed(tokens(2))
     (_, layer), *_ = adapter.layers()
     between: list[torch.Tensor] = []
@@ -99,7 +100,7 @@ def test_the_model_comes_closer_to_the_original(method, rule, how):
     distances = []
     for drift in ("none", how):
         model = copy.deepcopy(original)
-        list(quantize_model(LlamaAdapter(model), batches, QuantConfig(method=method, rule=rule, **DRIFTS[drift])))
+        list(quantize_model(ModelAdapter(model), batches, QuantConfig(method=method, rule=rule, **DRIFTS[drift])))
         with torch.no_grad():
             outputs = [torch.cat([m.get_decoder()(b).last_hidden_state for b in batches]) for m in (original, model)]
         distances.append(float((outputs[0] - outputs[1]).norm()))
@@ -121,7 +122,7 @@ def test_nothing_of_a_finished_layer_waits_for_the_garbage_collector(monkeypatch
     gc.collect()
     gc.disable()
     try:
-        list(quantize_model(LlamaAdapter(model), tokens().split(2), QuantConfig(drift=1.0)))
+        list(quantize_model(ModelAdapter(model), tokens().split(2), QuantConfig(drift=1.0)))
         assert len(copies) >= 3 and not [one for one in copies if one() is not None]
     finally:
         gc.enable()
@@ -130,7 +131,7 @@ def test_nothing_of_a_finished_layer_waits_for_the_garbage_collector(monkeypatch
 def test_validation_errors_are_those_of_the_outputs():
     original, validation = tiny_model(), tokens(3)
     model = copy.deepcopy(original)
-    results = quantize_model(LlamaAdapter(model), tokens().split(2), QuantConfig(drift=1.0), validation=validation)
+    results = quantize_model(ModelAdapter(model), tokens().split(2), QuantConfig(drift=1.0), validation=validation)
     records = {record.name: record.validation_error for record, _ in results}
     name = "model.layers.1.mlp.up_proj"
     outputs = []
@@ -142,7 +143,7 @@ def test_validation_errors_are_those_of_the_outputs():
 
 
 def test_an_unchanged_layer_has_no_validation_error():
-    adapter = LlamaAdapter(tiny_model())
+    adapter = ModelAdapter(tiny_model())
     watch = Validation(adapter, tokens(2))
     for _, layer in adapter.layers():
         watch.before(layer)
@@ -160,4 +161,4 @@ def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="row feedback is part of method gptq"):
         replace(config, method="rtn", row_feedback=True)
     with pytest.raises(ValueError, match="row feedback needs the curvature"):
-        next(quantize_model(LlamaAdapter(tiny_model()), tokens().split(2), replace(config, row_feedback=True)))
+        next(quantize_model(ModelAdapter(tiny_model()), tokens().split(2), replace(config, row_feedback=True)))

@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
+from ptq.run.config import DRIFTS, QuantConfig
 
 from ptq.cost.estimate import floor_seconds, memory, operations, seconds, shape_of
 from ptq.export.checkpoint import existing_parent
 from ptq.models.random import random_adapter, shape_config
-from ptq.run.config import DRIFTS, QuantConfig
 from ptq.run.plan import make_plan
 
 from .conftest import ROOT

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
+from ptq.run.config import QuantConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -23,8 +24,8 @@ from ptq.export.checkpoint import (
     verify,
     write_rest,
 )
-from ptq.models.llama import FAMILIES, LlamaAdapter
-from ptq.run.config import QuantConfig
+from ptq.models.adapter import ModelAdapter
+from ptq.models.families import FAMILIES
 from ptq.run.loop import quantize_layers
 from ptq.run.plan import make_plan
 
@@ -40,7 +41,7 @@ def export(folder, family="llama", dtype=torch.float32, format=NVFP4, ignore=(),
     model = tiny_model(family, dtype, **changes)
     model.generation_config = GenerationConfig(max_new_tokens=7)
     config = QuantConfig(format, "gptq", "mse", ignore=ignore)
-    adapter = LlamaAdapter(model)
+    adapter = ModelAdapter(model)
     plan = make_plan(adapter, config)
     for done in quantize_layers(adapter, TOKENS.split(3), config, plan):
         name, path = adapter.names[done.index], folder / shard_name(done.index, len(adapter.names))

@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ptq.models.llama import FAMILIES, LlamaAdapter
+from ptq.models.adapter import ModelAdapter
+from ptq.models.families import FAMILIES
 from ptq.models.loading import load_model
 
 from .tiny import save_tiny, tiny_model
@@ -13,7 +14,7 @@ from .tiny import save_tiny, tiny_model
 @torch.no_grad()
 def test_replaying_the_layers_gives_the_models_logits(family, dtype):
     model = tiny_model(family, dtype)
-    adapter, tokens = LlamaAdapter(model), torch.randint(0, 64, (3, 50))
+    adapter, tokens = ModelAdapter(model), torch.randint(0, 64, (3, 50))
     hidden = adapter.embed(tokens)
     names = []
     for name, layer in adapter.layers():
@@ -34,7 +35,7 @@ def test_stages_name_every_linear_of_a_layer(family):
 
 
 def test_sequences_beyond_a_sliding_window_are_refused():
-    adapter = LlamaAdapter(tiny_model("mistral", sliding_window=32))
+    adapter = ModelAdapter(tiny_model("mistral", sliding_window=32))
     with pytest.raises(ValueError, match="50 tokens exceed the model's sliding window; use at most 32"):
         adapter.embed(torch.zeros(1, 50, dtype=torch.int64))
 

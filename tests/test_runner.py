@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ptq.run.config import QuantConfig
 
 from ptq.calibrate.hessian import Hessian
-from ptq.calibrate.hooks import observe_outputs
 from ptq.calibrate.importance import token_importance
 from ptq.core.formats import INT4_G128, MXFP4, NVFP4
-from ptq.models.llama import LlamaAdapter
-from ptq.run.config import QuantConfig
+from ptq.models.adapter import ModelAdapter
 from ptq.run.loop import quantize_model
 from ptq.run.plan import make_plan, with_block
 from ptq.run.solve import CertificateError, Numbers, certify
+from ptq.runtime.hooks import observe_outputs
 
 from .tiny import tiny_model
 
@@ -35,7 +35,7 @@ def tokens(sequences: int = 6, length: int = 64) -> torch.Tensor:
 def test_linears_become_what_was_yielded_and_nothing_else_changes(config, dtype):
     model = tiny_model(dtype=dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    results = {record.name: quantized for record, quantized in quantize_model(LlamaAdapter(model), tokens().split(2), config)}
+    results = {record.name: quantized for record, quantized in quantize_model(ModelAdapter(model), tokens().split(2), config)}
     assert len(results) == 14
     for name, tensor in model.state_dict().items():
         linear = name.removesuffix(".weight")
@@ -49,7 +49,7 @@ def test_linears_become_what_was_yielded_and_nothing_else_changes(config, dtype)
 def test_records_equal_a_computation_from_scratch(dtype):
     """Errors from the activations themselves, with the inputs that the already quantized layers give."""
     model, original = tiny_model(dtype=dtype), tiny_model(dtype=dtype)
-    adapter, batches = LlamaAdapter(model), tokens().split(3)
+    adapter, batches = ModelAdapter(model), tokens().split(3)
     records = {record.name: record for record, _ in quantize_model(adapter, batches, CONFIGS[0])}
     assert all(record.tokens == 6 * 64 and record.dead_inputs == 0 and record.seconds > 0 for record in records.values())
     # Inputs of layer 1 come from quantized layer 0; within layer 1 they were read before its linears changed.
@@ -72,7 +72,7 @@ def test_records_equal_a_computation_from_scratch(dtype):
 
 
 def test_stages_share_one_tensor_scale():
-    results = {r.name: q for r, q in quantize_model(LlamaAdapter(tiny_model()), tokens().split(2), CONFIGS[0])}
+    results = {r.name: q for r, q in quantize_model(ModelAdapter(tiny_model()), tokens().split(2), CONFIGS[0])}
     for stage in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         scales = {
             float(q.tensor_scale) for name, q in results.items() if name.startswith("model.layers.0") and name.endswith(stage)
@@ -81,7 +81,7 @@ def test_stages_share_one_tensor_scale():
 
 
 def test_certificate_is_on_every_gptq_linear_and_catches_wrong_feedback():
-    records = [record for record, _ in quantize_model(LlamaAdapter(tiny_model()), tokens().split(2), CONFIGS[0])]
+    records = [record for record, _ in quantize_model(ModelAdapter(tiny_model()), tokens().split(2), CONFIGS[0])]
     # Float32 leaves about 2 √128 · 2⁻²⁴ · ‖W‖/‖Δ‖, 2e-5 for errors of 6 %.
     assert all(record.certificate is not None and record.certificate < 2e-5 for record in records)
     right = Numbers(
@@ -118,7 +118,7 @@ def test_only_one_layer_has_hessians(monkeypatch):
         most = max(most, sum(ref() is not None for ref in alive))
 
     monkeypatch.setattr(Hessian, "__init__", counting)
-    for _ in quantize_model(LlamaAdapter(tiny_model(num_hidden_layers=4)), tokens().split(2), CONFIGS[0]):
+    for _ in quantize_model(ModelAdapter(tiny_model(num_hidden_layers=4)), tokens().split(2), CONFIGS[0]):
         pass
     assert len(alive) == 16 and most <= 4
 
@@ -127,13 +127,13 @@ def test_non_finite_activations_name_layer_and_stage():
     model = tiny_model()
     model.model.layers[1].input_layernorm.weight.data[3] = float("inf")
     with pytest.raises(ValueError, match=r"model.layers.1.self_attn.q_proj.*non-finite activations"):
-        list(quantize_model(LlamaAdapter(model), tokens().split(2), CONFIGS[0]))
+        list(quantize_model(ModelAdapter(model), tokens().split(2), CONFIGS[0]))
 
 
 def test_calibration_is_asked_for_where_it_is_needed():
     with pytest.raises(ValueError, match="gptq with scale rule local needs calibration"):
-        next(quantize_model(LlamaAdapter(tiny_model()), None, CONFIGS[0]))
-    records = [record for record, _ in quantize_model(LlamaAdapter(tiny_model()), None, QuantConfig(NVFP4, "rtn", "mse"))]
+        next(quantize_model(ModelAdapter(tiny_model()), None, CONFIGS[0]))
+    records = [record for record, _ in quantize_model(ModelAdapter(tiny_model()), None, QuantConfig(NVFP4, "rtn", "mse"))]
     assert len(records) == 14 and all(record.error is None and record.tokens == 0 for record in records)
 
 
@@ -155,9 +155,9 @@ def test_settings_that_do_not_fit_are_refused(arguments, message):
 def test_ignored_linears_are_left_alone():
     model = tiny_model()
     config = replace(CONFIGS[0], ignore=("re:.*mlp.down_proj", "model.layers.0.self_attn.o_proj", "lm_head"))
-    plan = make_plan(LlamaAdapter(model), config)
+    plan = make_plan(ModelAdapter(model), config)
     assert len(plan.linears) == 11 and len(plan.ignored) == 3 and plan.weights == sum(a * b for a, b in plan.linears.values())
-    done = [record.name for record, _ in quantize_model(LlamaAdapter(model), tokens().split(2), config)]
+    done = [record.name for record, _ in quantize_model(ModelAdapter(model), tokens().split(2), config)]
     assert sorted(done) == sorted(plan.linears)
 
 
@@ -171,20 +171,20 @@ def test_ignored_linears_are_left_alone():
 )
 def test_ignore_patterns_that_do_not_fit_are_refused(ignore, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        make_plan(LlamaAdapter(tiny_model()), replace(CONFIGS[0], ignore=ignore))
+        make_plan(ModelAdapter(tiny_model()), replace(CONFIGS[0], ignore=ignore))
 
 
 def test_shapes_that_blocks_do_not_divide_name_the_linear_and_what_works():
     model = tiny_model(intermediate_size=172)
     with pytest.raises(ValueError) as caught:
-        make_plan(LlamaAdapter(model), CONFIGS[0])
+        make_plan(ModelAdapter(model), CONFIGS[0])
     assert "model.layers.0.mlp.down_proj has 172 input columns, which blocks of 16 do not divide (2 such linears)" in str(
         caught.value
     )
     pattern = re.search(r"--ignore '(.*)'", str(caught.value))
-    assert pattern and len(make_plan(LlamaAdapter(model), replace(CONFIGS[0], ignore=(pattern[1],))).ignored) == 2
+    assert pattern and len(make_plan(ModelAdapter(model), replace(CONFIGS[0], ignore=(pattern[1],))).ignored) == 2
     with pytest.raises(ValueError, match="--block 64, or --ignore"):
-        make_plan(LlamaAdapter(tiny_model()), QuantConfig(INT4_G128))
+        make_plan(ModelAdapter(tiny_model()), QuantConfig(INT4_G128))
 
 
 def test_block_sizes():
@@ -199,10 +199,10 @@ def test_non_finite_weights_are_named_before_any_work():
     model = tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight holds 1 non-finite values, the first at \[3, 5\]"):
-        next(quantize_model(LlamaAdapter(model), tokens().split(2), CONFIGS[0]))
+        next(quantize_model(ModelAdapter(model), tokens().split(2), CONFIGS[0]))
 
 
-class SmallDevice(LlamaAdapter):
+class SmallDevice(ModelAdapter):
     """A device on which more than `most` sequences at once do not fit."""
 
     most = 2
@@ -215,13 +215,13 @@ class SmallDevice(LlamaAdapter):
 
 def test_out_of_memory_halves_the_batch_once_and_says_so():
     batches = tokens(6).split(4)
-    expected = [q.codes for _, q in quantize_model(LlamaAdapter(tiny_model()), tokens(6).split(2), CONFIGS[0])]
+    expected = [q.codes for _, q in quantize_model(ModelAdapter(tiny_model()), tokens(6).split(2), CONFIGS[0])]
     with pytest.warns(UserWarning, match="out of memory in phase 'forward': going on with 2 sequences at once"):
         done = [q.codes for _, q in quantize_model(SmallDevice(tiny_model()), batches, CONFIGS[0])]
     assert all(torch.equal(a, b) for a, b in zip(done, expected, strict=True))
     with pytest.warns(UserWarning, match="phase 'importance'"):
         weights = token_importance(SmallDevice(tiny_model()), batches, segment=1)
-    plain = token_importance(LlamaAdapter(tiny_model()), tokens(6).split(2), segment=1)
+    plain = token_importance(ModelAdapter(tiny_model()), tokens(6).split(2), segment=1)
     assert all(torch.equal(torch.cat(weights[name]), torch.cat(plain[name])) for name in plain)
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from ptq.eval.scoring import FULL, Request, can_share, log_likelihoods, make_batches, make_trees
-from ptq.models.llama import FAMILIES
+from ptq.eval.scoring import FOLLOW_THE_MASK, FULL, Request, can_share, log_likelihoods, make_batches, make_trees
 
 from .tiny import tiny_model
 
@@ -45,7 +44,7 @@ def test_batches_hold_every_tree_once_within_their_room_and_with_little_padding(
         assert sizes == sorted(sizes, reverse=True) and sizes[-1] >= FULL * sizes[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FOLLOW_THE_MASK)
 @pytest.mark.parametrize("room", [1, 64, 10_000])
 def test_equals_each_sequence_by_itself(family, room):
     """float32 sums of 64 terms in another order: a few ulp of logits below 8, so 1e-5 of a log likelihood's sum over 40 tokens."""

@@ -178,12 +178,13 @@ def test_babyllama_loses_half_as_much_as_rtn(main, shared, tmp_path):
 @torch.no_grad()
 def test_smollm2_loads_from_gguf_and_reads_back(tmp_path: Path):
     """The first two layers of a real model, real text, real checkpoint."""
+    from ptq.run.config import QuantConfig
+
     from ptq.core.formats import NVFP4
     from ptq.data.text import all_windows, read_documents
     from ptq.export.checkpoint import layer_tensors, save_tensors, shard_name, verify, write_rest
-    from ptq.models.llama import LlamaAdapter
+    from ptq.models.adapter import ModelAdapter
     from ptq.models.loading import load_model
-    from ptq.run.config import QuantConfig
     from ptq.run.loop import quantize_layers
     from ptq.run.plan import make_plan
 
@@ -192,7 +193,7 @@ def test_smollm2_loads_from_gguf_and_reads_back(tmp_path: Path):
     model.config.num_hidden_layers, model.config.layer_types = 2, None
     text = " ".join(read_documents("builtin"))[:20_000]
     windows = all_windows(lambda text: tokenizer(text)["input_ids"], [text], 256, "builtin")[:8]  # type: ignore[arg-type]
-    adapter, config = LlamaAdapter(model), QuantConfig(NVFP4, "gptq", "mse")
+    adapter, config = ModelAdapter(model), QuantConfig(NVFP4, "gptq", "mse")
     for done in quantize_layers(adapter, windows.split(4), config, make_plan(adapter, config)):
         assert all(r.error is not None and r.rtn_error is not None and r.error < r.rtn_error for r in done.records)
         tensors = layer_tensors(adapter.names[done.index], done.layer, done.quantized)

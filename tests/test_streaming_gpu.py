@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from ptq.run.config import QuantConfig
 from transformers import LlamaConfig
 
 from ptq.calibrate.activations import embed_all, propagate
 from ptq.calibrate.collect import collect_hessians
 from ptq.calibrate.importance import descend, token_importance
 from ptq.models.random import random_adapter
-from ptq.run.config import QuantConfig
 from ptq.run.loop import quantize_model, stages_of
 from ptq.run.plan import make_plan
 

@@ -1,13 +1,13 @@
 import pytest
 import torch
+from ptq.run.config import QuantConfig
 from torch import nn
 
 from ptq.calibrate.hessian import Hessian
-from ptq.calibrate.hooks import observe_outputs
 from ptq.calibrate.importance import token_importance
-from ptq.models.llama import LlamaAdapter
-from ptq.run.config import QuantConfig
+from ptq.models.adapter import ModelAdapter
 from ptq.run.loop import quantize_model
+from ptq.runtime.hooks import observe_outputs
 
 from .tiny import tiny_model
 
@@ -16,7 +16,7 @@ TOKENS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(5
 
 def test_equal_one_backward_pass_through_the_whole_model():
     model = tiny_model("qwen2")
-    weights = token_importance(LlamaAdapter(model), TOKENS.split(3))
+    weights = token_importance(ModelAdapter(model), TOKENS.split(3))
     outputs = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "layers" in name:
@@ -25,7 +25,7 @@ def test_equal_one_backward_pass_through_the_whole_model():
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum")
     gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
     for layer in ("model.layers.0", "model.layers.1"):
-        for stage in LlamaAdapter(model).stages:
+        for stage in ModelAdapter(model).stages:
             expected = sum(gradients[f"{layer}.{name}"].square().sum(-1) for name in stage)
             ours = torch.cat(weights[f"{layer}.{stage[0]}"])
             # two orders of float32 sums through two layers
@@ -33,7 +33,7 @@ def test_equal_one_backward_pass_through_the_whole_model():
 
 
 def test_sampled_labels_follow_their_seed():
-    adapter = LlamaAdapter(tiny_model())
+    adapter = ModelAdapter(tiny_model())
     first, again, other = (token_importance(adapter, TOKENS.split(2), seed=seed) for seed in (0, 0, 1))
     for name, batches in first.items():
         assert all(torch.equal(a, b) for a, b in zip(batches, again[name], strict=True))
@@ -42,7 +42,7 @@ def test_sampled_labels_follow_their_seed():
 
 def test_no_gradient_and_no_hook_stays_behind():
     model = tiny_model()
-    token_importance(LlamaAdapter(model), TOKENS.split(2))
+    token_importance(ModelAdapter(model), TOKENS.split(2))
     assert all(p.grad is None for p in model.parameters()) and not any(m._forward_hooks for m in model.modules())
 
 
@@ -63,10 +63,10 @@ def test_weights_reach_the_solve():
     """Tokens of weight zero might as well not be there."""
     config = QuantConfig(rule="local")
     parts = TOKENS.split(2)
-    ones = token_importance(LlamaAdapter(tiny_model()), parts)
+    ones = token_importance(ModelAdapter(tiny_model()), parts)
     first_only = {name: [torch.ones(2, 24), torch.zeros(2, 24)] for name in ones}
-    weighted = [q.codes for _, q in quantize_model(LlamaAdapter(tiny_model()), parts, config, first_only)]
-    alone = [q.codes for _, q in quantize_model(LlamaAdapter(tiny_model()), parts[:1], config)]
+    weighted = [q.codes for _, q in quantize_model(ModelAdapter(tiny_model()), parts, config, first_only)]
+    alone = [q.codes for _, q in quantize_model(ModelAdapter(tiny_model()), parts[:1], config)]
     assert all(torch.equal(a, b) for a, b in zip(weighted, alone, strict=True))
 
 
@@ -74,7 +74,7 @@ def test_curvature_is_the_sum_of_outer_products_of_the_gradients():
     model = tiny_model()
     batches = TOKENS.split(2)
     curvature: dict[str, torch.Tensor] = {}
-    token_importance(LlamaAdapter(model), batches, segment=1, curvature=curvature.__setitem__)
+    token_importance(ModelAdapter(model), batches, segment=1, curvature=curvature.__setitem__)
     name = "model.layers.0.self_attn.k_proj"
     expected = torch.zeros(32, 32)
     for batch in batches:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptq.run.config import QuantConfig
 
 from ptq.export.checkpoint import write_rest
-from ptq.models.llama import LlamaAdapter
+from ptq.models.adapter import ModelAdapter
 from ptq.models.loading import load_model, open_model
-from ptq.run.config import QuantConfig
 from ptq.run.job import Job, do_layers
 from ptq.run.plan import make_plan
 from ptq.run.resume import Unfinished, differences, fingerprint, unfinished_folder
@@ -46,7 +46,7 @@ def test_a_streamed_model_gives_the_bytes_of_one_in_memory(tmp_path, dtype, chan
     adapter, tokenizer, _ = open_model(str(tmp_path / "model"))
     quantize(adapter, tokenizer, tmp_path / "streamed")
     model, tokenizer = load_model(str(tmp_path / "model"))
-    quantize(LlamaAdapter(model), tokenizer, tmp_path / "whole")
+    quantize(ModelAdapter(model), tokenizer, tmp_path / "whole")
     assert all(parameter.is_meta for parameter in adapter.model.parameters())
     assert contents(tmp_path / "streamed") == contents(tmp_path / "whole")
 

@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ptq.runtime.adapter import Adapter
+from ptq.runtime.adapter import Adapter, Layer
 
 # Of the device's memory, what may be taken by hidden states before they go to host memory.
 DEVICE_SHARE = 1 / 8
@@ -159,7 +159,7 @@ def each_batch(
             start = first
 
 
-def propagate(adapter: Adapter, layer: nn.Module, hidden: Activations, phase: str) -> None:
+def propagate(adapter: Adapter, layer: Layer, hidden: Activations, phase: str) -> None:
     """Turns the layer's input into its output."""
 
     def work(rows: slice) -> None:

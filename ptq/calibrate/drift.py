@@ -1,4 +1,4 @@
-"""What the layers before a linear lost, made good by it as far as it can.
+"""Drift (asymmetric calibration, GPTAQ and Qronos): what the layers before a linear lost, made good by it as far as it can.
 
 When a linear is quantized, its input is no longer the original model's x but x̂, and if its output goes to the residual stream,
 that stream is no longer h but ĥ.  The weight that then comes nearest to what the original had is not W but
@@ -16,19 +16,31 @@ import torch
 from torch import Tensor
 
 from ptq.calibrate.hessian import add_product, weighted
+from ptq.calibrate.observe import Observed
 from ptq.core.linalg import NotPositiveDefiniteError, damped
 
 
 class Drift:
     """Sum over calibration tokens, weighted as those of H, of what was lost times x̂ᵀ (d_in).
 
-    Lost is x - x̂ of the inputs (d_in, d_in), shared by the linears of a stage, or with `stream` y - ŷ of the one linear that adds
-    to the stream (stream, d_in).
+    Lost is x - x̂ of the inputs (d_in, d_in), shared by the linears of a group, or with `stream` y - ŷ of the one linear that
+    adds to the stream (stream, d_in), `factor` times its output.
     """
 
-    def __init__(self, d_in: int, *, stream: int | None = None, device: torch.device | str = "cpu"):
+    def __init__(self, d_in: int, *, stream: int | None = None, factor: float = 1.0, device: torch.device | str = "cpu"):
         self.of_outputs = stream is not None
+        self.factor = factor
         self.sum = torch.zeros(stream or d_in, d_in, device=device)
+
+    def observe(self, ours: Observed, theirs: Observed | None, weights: Tensor | None) -> None:
+        """Takes in tokens as the quantized model has them, and as the original has the same."""
+        assert theirs is not None
+        if not self.of_outputs:
+            self.add(ours.x, theirs.x - ours.x, weights)
+            return
+        assert ours.stream is not None and theirs.stream is not None
+        lost = theirs.stream - ours.stream
+        self.add(ours.x, lost if self.factor == 1 else lost / self.factor, weights)
 
     def add(self, x: Tensor, lost: Tensor, weights: Tensor | None) -> None:
         """x̂ (..., d_in) of some tokens, what was lost of the same (..., d_in or stream), and what each counts for."""
@@ -36,6 +48,9 @@ class Drift:
         if weights is not None:
             x, lost = (weighted(part, weights.to(part.device).flatten()) for part in (x, lost))
         add_product(self.sum, lost, x)
+
+    def sums(self) -> list[Tensor]:
+        return [self.sum]
 
     def merge(self, other: "Drift") -> "Drift":
         """Takes the other's tokens in, and returns itself."""

@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ptq.calibrate.observe import Observed
 from ptq.kernels import hessian as kernels
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -73,6 +74,13 @@ class Hessian:
         self._add(self.sum, X)
         self.weight += X.shape[0] if weights is None else weights.sum(dtype=torch.float64).to(self.weight.device)
         self.tokens += X.shape[0]
+
+    def observe(self, ours: Observed, theirs: Observed | None, weights: Tensor | None) -> None:
+        """Takes in tokens as the quantized model has them."""
+        self.add(ours.x, weights)
+
+    def sums(self) -> list[Tensor]:
+        return [self.sum, self.weight]
 
     def mean(self) -> Tensor:
         """H.  Raises ValueError where no token came, where none counts, or where an activation was not finite."""

@@ -1,6 +1,6 @@
-"""How much each calibration token matters: w_t = ‖∂L/∂y_t‖², the squared gradient of the loss at a stage's outputs y.
+"""Token importance (Fisher): w_t = ‖∂L/∂y_t‖², the squared gradient of the loss at the outputs y of linears with one input.
 
-An error Δ in a stage's weights changes its output at token t by Δ x_t, and the loss by about ⟨∂L/∂y_t, Δ x_t⟩.  Weighting H by w_t
+An error Δ in their weights changes its output at token t by Δ x_t, and the loss by about ⟨∂L/∂y_t, Δ x_t⟩.  Weighting H by w_t
 makes GPTQ spend its freedom where the model's loss feels it.  (The diagonal-in-tokens form of what GuidedQuant, Kim et al. 2025,
 does per group of output channels.)
 
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ptq.calibrate.activations import Activations, belongs_on_host, each_batch, embed_all, propagate
 from ptq.calibrate.hessian import add_full
-from ptq.calibrate.hooks import observe_outputs
-from ptq.runtime.adapter import Adapter
+from ptq.runtime.adapter import Adapter, Layer
 from ptq.runtime.clock import phase
+from ptq.runtime.hooks import observe_outputs
 
 TokenImportance = dict[str, list[Tensor]]
 KeepCurvature = Callable[[str, Tensor], object]
@@ -42,7 +42,7 @@ def token_importance(
     curvature: KeepCurvature | None = None,
     progress: Callable[[str], object] = lambda layer: None,
 ) -> TokenImportance:
-    """For the first linear of each stage, by full name: one tensor (n, length) float32 per batch, not normalised.
+    """For the first linear of each group, by full name: one tensor (n, length) float32 per batch, not normalised.
 
     The loss is the sum of next-token negative log likelihoods: of the text itself, or with `seed` of labels sampled from the
     model's own predictions, which makes the weights the Fisher information of its outputs.  `first`: the number of the first
@@ -64,8 +64,8 @@ def token_importance(
             part = list(islice(layers, stop - start))
             inputs = hidden if stop == len(adapter.names) else kept.pop()
             descend(adapter, part, inputs, hidden, tokens if inputs is hidden else None, weights, curvature, seed, first)
-            for name, _ in reversed(part):
-                progress(name)
+            for layer in reversed(part):
+                progress(layer.name)
             del part, inputs
     return {name: list(weight.split(len(batches[0]))) for name, weight in weights.items()}
 
@@ -75,8 +75,8 @@ def climb(adapter: Adapter, hidden: Activations, starts: list[int], on_host: boo
     size = hidden.data.numel() * hidden.data.itemsize * len(starts)
     host = belongs_on_host(size, hidden.device) if on_host is None else on_host
     kept: list[Activations] = []
-    for index, (_, layer) in enumerate(adapter.layers(range(starts[-1]))):
-        if index in starts:
+    for layer in adapter.layers(range(starts[-1])):
+        if layer.index in starts:
             kept.append(hidden.copy(host))
         propagate(adapter, layer, hidden, "importance")
     return kept
@@ -84,7 +84,7 @@ def climb(adapter: Adapter, hidden: Activations, starts: list[int], on_host: boo
 
 def descend(
     adapter: Adapter,
-    part: list[tuple[str, nn.Module]],
+    part: list[Layer],
     inputs: Activations,
     hidden: Activations,
     tokens: Tensor | None,
@@ -98,11 +98,11 @@ def descend(
 
     With `tokens` the segment is the last, and the gradient of its output is that of the loss.
     """
-    names: dict[nn.Module, tuple[str, str]] = {  # its own, and the first's of its stage
-        layer.get_submodule(name): (f"{prefix}.{name}", f"{prefix}.{stage[0]}")
-        for prefix, layer in part
-        for stage in adapter.stages
-        for name in stage
+    names: dict[nn.Module, tuple[str, str]] = {  # its own, and the first's of its group
+        layer.linear(name): (layer.full_name(name), layer.full_name(group[0]))
+        for layer in part
+        for group in adapter.plan(layer).groups
+        for name in group
     }
     for _, first_name in names.values():
         weights[first_name] = torch.zeros(hidden.data.shape[:2], device=hidden.device)
@@ -123,7 +123,7 @@ def descend(
 
         with torch.enable_grad(), observe_outputs(names, observe):
             x = y = inputs.load(rows).detach().requires_grad_()
-            for _, layer in part:
+            for layer in part:
                 y = adapter.forward(layer, y)
             if tokens is None:
                 gradient = hidden.load(rows)

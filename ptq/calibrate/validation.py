@@ -1,39 +1,47 @@
 """How far the quantized model's linears are from the original's, on tokens that were not calibrated on."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ptq.calibrate.hooks import observe_outputs
-from ptq.runtime.adapter import Adapter
+from ptq.calibrate.activations import Activations, each_batch
+from ptq.runtime.adapter import Adapter, Layer, LayerPlan
+from ptq.runtime.hooks import observe_outputs
 
 
 class Validation:
-    """A few sequences on their way through both models, layer by layer: tokens (n, length) at first."""
+    """A few sequences on their way through both models, layer by layer: tokens (n, length) at first, `batch` at once."""
 
-    def __init__(self, adapter: Adapter, tokens: Tensor):
+    def __init__(self, adapter: Adapter, tokens: Tensor, batch: int):
         self._adapter = adapter
-        self._original = self._quantized = adapter.embed(tokens)
-        self._outputs: dict[str, Tensor] = {}
-
-    def before(self, layer: nn.Module) -> None:
-        """Runs the original's layer; to be called before it is quantized."""
-        self._outputs, self._original = self._run(layer, self._original)
-
-    def after(self, layer: nn.Module) -> dict[str, float]:
-        """Runs the quantized layer.  By name inside it, ‖ŷ - y‖ / ‖y‖ of each linear's outputs, y being the original's: what its
-        own rounding and all that was quantized before it do together."""
-        outputs, self._quantized = self._run(layer, self._quantized)
-        before, self._outputs = self._outputs, {}
-        errors = torch.stack([(outputs[name] - y).float().norm() / y.float().norm() for name, y in before.items()])
-        return dict(zip(before, errors.tolist(), strict=True))
+        first = torch.cat([adapter.embed(part) for part in tokens.split(batch)])
+        self._original, self._quantized = (Activations(first.shape, first.dtype, first.device, batch) for _ in range(2))
+        for states in (self._original, self._quantized):
+            states.store(slice(0, len(first)), first)
 
     @torch.no_grad()
-    def _run(self, layer: nn.Module, hidden: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def measure(self, original: Layer, layer: Layer, plan: LayerPlan) -> dict[str, float]:
+        """Runs the original's layer and the quantized one.  By name inside it, ‖ŷ - y‖ / ‖y‖ of each linear's outputs, y
+        being the original's: what its own rounding and all that was quantized before it do together."""
+        names = [name for group in plan.groups for name in group]
+        norms: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+
+        def work(rows: slice) -> None:
+            whole = self._run(original, names, self._original, rows)
+            for name, y in self._run(layer, names, self._quantized, rows).items():
+                norms[name].append(((y - whole[name]).float().norm(), whole[name].float().norm()))
+
+        each_batch(self._original, "report", work)
+        found = {name: torch.tensor(pairs, device=self._original.device).norm(dim=0) for name, pairs in norms.items() if pairs}
+        ratios = torch.stack([lost / whole for lost, whole in found.values()])
+        return dict(zip(found, ratios.tolist(), strict=True))
+
+    def _run(self, layer: Layer, names: list[str], states: Activations, rows: slice) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
-        names = {layer.get_submodule(name): name for stage in self._adapter.stages for name in stage}
+        linears = {layer.module.get_submodule(name): name for name in names}
 
-        def observe(linear: nn.Module, _x: Tensor, y: Tensor) -> None:
-            outputs[names[linear]] = y
+        def observe(linear: torch.nn.Module, _x: Tensor, y: Tensor) -> None:
+            outputs[linears[linear]] = y
 
-        with observe_outputs(names, observe):
-            return outputs, self._adapter.forward(layer, hidden)
+        with observe_outputs(linears, observe):
+            states.store(rows, self._adapter.forward(layer, states.load(rows)))
+        return outputs

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from ptq.calibrate.activations import default_batch
-from ptq.core.formats import Format
-from ptq.cost.estimate import Memory, Shape, disk_bytes, memory, seconds, shape_of
-from ptq.export.checkpoint import existing_parent
-from ptq.run.config import QuantConfig
+from ptq.cost.estimate import Memory, disk_bytes, memory, seconds
+from ptq.cost.shape import Shape, shape_of
+from ptq.export.files import existing_parent
 from ptq.run.plan import Plan, examine
+from ptq.run.recipe import Rules
 from ptq.runtime.adapter import Adapter
 
 
@@ -21,7 +21,6 @@ class Preview:
 
     plan: Plan
     problems: tuple[str, ...]
-    format: Format
     shape: Shape
     parameters: int
     output: int
@@ -37,7 +36,7 @@ class Preview:
         needed = self.output + disk_bytes(self.shape)
         if self.free < 1.05 * needed:
             found.append(f"the work needs about {gb(needed)} and the disk has {gb(self.free)} free")
-        starved = sorted({d_in for _, d_in in self.shape.stages if d_in > self.shape.tokens})
+        starved = sorted({d_in for layer, _ in self.shape.layers for _, d_in in layer.matrices if d_in > self.shape.tokens})
         if self.shape.calibrate and starved:
             found.append(
                 f"{self.shape.tokens} calibration tokens are fewer than the {', '.join(map(str, starved))} input columns of some "
@@ -54,12 +53,13 @@ class Preview:
         lines = [f"  {count:4} × {name:18} {size[0]:6} × {size[1]}" for (name, size), count in kinds.items()]
         whole = 8 * self.output / self.parameters
         place = "host" if memory.kept_on_host else "GPU"
+        formats = " and ".join(dict.fromkeys(format.name for format in plan.formats.values()))
+        bits = 8 * (self.output - 2 * (self.parameters - plan.weights)) / plan.weights
         lines = [
             f"{len(plan.linears)} linears, {plan.weights / 1e6:.1f} of {self.parameters / 1e6:.1f} million parameters, "
             f"{len(plan.ignored)} linears left alone",
             *lines,
-            f"{self.format.name}: {self.format.bits_per_weight:g} bits a weight, {whole:.2f} over the whole checkpoint, "
-            f"{gb(self.output)}",
+            f"{formats}: {bits:g} bits a weight, {whole:.2f} over the whole checkpoint, {gb(self.output)}",
             f"{shape.sequences} × {shape.length} tokens, {self.batch} sequences at once, {self.ranks} rank{'s'[: self.ranks > 1]}",
             f"on GPUs, a rank takes up to {gb(memory.gpu)} of GPU memory and {gb(memory.host)} of host memory; hidden states "
             f"{gb(memory.hidden)}, kept for the backward pass {gb(memory.kept)} ({place})",
@@ -80,7 +80,7 @@ def gb(size: float) -> str:
 
 def make_preview(
     adapter: Adapter,
-    config: QuantConfig,
+    rules: Rules,
     sequences: int,
     length: int,
     importance: str,
@@ -91,19 +91,18 @@ def make_preview(
     output: Path,
 ) -> Preview:
     """From shapes alone; `adapter` is one of ptq.models.  Raises ValueError where nothing is left to quantize."""
-    plan, problems = examine(adapter, config)
+    plan, problems = examine(adapter, rules)
     if not plan.linears:
         raise ValueError(problems[0])
-    shape = shape_of(plan, adapter, sequences, length, config, importance)
+    shape = shape_of(plan, adapter, sequences, length, importance)
     batch = min(sequences, batch or default_batch(shape.head[1], length, torch.device("cuda")))
     parameters = adapter.parameters()
     return Preview(
         plan=plan,
         problems=tuple(problems),
-        format=config.format,
         shape=shape,
         parameters=parameters,
-        output=plan.checkpoint_bytes(parameters, config.format),
+        output=plan.checkpoint_bytes(parameters),
         free=shutil.disk_usage(existing_parent(output)).free,
         memory=memory(shape, batch, ranks=ranks, on_host=on_host),
         seconds=seconds(shape, ranks),

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ptq.calibrate.importance import TokenImportance, token_importance
-from ptq.run.config import QuantConfig
-from ptq.run.loop import quantize_layers
+from ptq.export.layout import Layout
+from ptq.run.loop import Calibration, quantize_layers
 from ptq.run.plan import Plan
 from ptq.run.resume import Unfinished
 from ptq.runtime.adapter import Adapter
@@ -18,13 +18,13 @@ from ptq.runtime.distributed import Ranks
 
 @dataclass(frozen=True)
 class Job:
-    """`calibration` (sequences, length): of all ranks, on the CPU.  `importance`: none, text or sampled (see importance), `seed`
-    draws its labels.  `batch`: sequences that run at once.  `on_host`: whether hidden states are in host memory; None, by size.
-    `validation` (n, length): sequences to measure every linear on, on all ranks the same."""
+    """`calibration` (sequences, length): of all ranks, on the CPU.  `importance`: none, text or sampled (ptq.run.settings),
+    `seed` draws its labels.  `batch`: sequences that run at once.  `on_host`: whether hidden states are in host memory; None,
+    by size.  `validation` (n, length): sequences to measure every linear on, on all ranks the same."""
 
     adapter: Adapter
-    config: QuantConfig
     plan: Plan
+    layout: Layout
     calibration: Tensor
     device: torch.device
     importance: str = "sampled"
@@ -41,31 +41,27 @@ def do_layers(
 
     Raises ValueError for row feedback on several ranks that are to be deterministic: G is added up rank by rank.
     """
-    if job.config.row_feedback and ranks.deterministic and ranks.size > 1:
+    if job.plan.row_feedback and ranks.deterministic and ranks.size > 1:
         raise ValueError("--row-feedback is not --deterministic on several ranks; use one rank, or leave one of the two out")
     share = ranks.shard(len(job.calibration))
     batches = job.calibration[share].to(job.device).split(job.batch)
     weights, curvature = measure_importance(job, batches, share, unfinished, ranks, progress)
-    names = job.adapter.names
+    validation = None if job.validation is None else job.validation.to(job.device)
     layers = quantize_layers(
         job.adapter,
-        batches,
-        job.config,
         job.plan,
-        weights,
-        curvature,
-        None if job.validation is None else job.validation.to(job.device),
+        Calibration(batches, weights, curvature, validation),
         ranks=ranks,
         finished=unfinished.finished,
-        restore=lambda index, layer: unfinished.restore(names[index], index, layer, job.config.format),
+        restore=lambda layer: unfinished.restore(layer, job.plan.formats, job.layout),
         on_host=job.on_host,
     )
-    with unfinished.writer(job.config.format) as writer:
+    with unfinished.writer(job.plan.formats, job.layout) as writer:
         for done in layers:
             if ranks.rank == 0:
                 with phase("write"):
-                    writer.write(names[done.index], done)
-            progress("quantize", names[done.index])
+                    writer.write(done)
+            progress("quantize", done.layer.name)
         with phase("write"):
             writer.wait()
 
@@ -98,7 +94,7 @@ def measure_importance(
         first=share.start,
         on_host=job.on_host,
         groups=ranks.local_groups(len(job.calibration)),
-        curvature=keep if job.config.row_feedback else None,
+        curvature=keep if job.plan.row_feedback else None,
         progress=lambda name: progress("importance", name),
     )
     collected = {name: [ranks.all_gather(torch.cat(parts), len(job.calibration))] for name, parts in weights.items()}

@@ -1,186 +1,268 @@
 """The loop: layer by layer through a model, each layer calibrated on the output of the quantized ones before it.
 
-For each layer: run it once and collect H per stage; quantize its linears; run it again to get the next layer's input.  One
-layer's Hessians are alive at a time, and layers are asked of the adapter one by one.
+    for layer in adapter.layers():
+        collect the sums of its groups of linears, wave by wave; solve each matrix; put the result in its place
+        run the quantized layer to get the next one's input
 
-Where drift is made good (ptq.calibrate.drift), the original model's hidden states come along, and a layer may
-be run stage by stage.
+One layer's Hessians are alive at a time, and layers are asked of the adapter one by one.  Where drift is made good
+(ptq.calibrate.drift), the original model's hidden states come along.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptq.calibrate.activations import embed_all, propagate
-from ptq.calibrate.collect import Original, Stage, Sums, collect, first_of, shape_of
+from ptq.calibrate.collect import Original, Stream, Sums, collect
 from ptq.calibrate.importance import TokenImportance
 from ptq.calibrate.validation import Validation
 from ptq.core.packing import Quantized
-from ptq.run.config import QuantConfig
-from ptq.run.plan import Plan, make_plan
-from ptq.run.solve import Numbers, Record, Solved, make_record, share_solved, solve_stage
-from ptq.runtime.adapter import Adapter
+from ptq.run.plan import GroupPlan, Matrix, Pass, Plan, make_plan
+from ptq.run.recipe import Recipe, Rules
+from ptq.run.solve import Record, SolvedRows, Statistics, gather_matrix, make_record, solve_matrix
+from ptq.runtime.adapter import Adapter, Layer, LayerPlan
 from ptq.runtime.clock import phase
 from ptq.runtime.distributed import Ranks, shard_rows
+
+Shards = list[list[range]]
+"""For each matrix and rank, the rows it solves."""
+SumsOf = Callable[[Layer, LayerPlan, Pass, Shards], Sequence[Sums | None]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is calibrated on; all of it is this rank's.
+
+    `batches`: token ids (n, length) each, on the model's device; none for methods that need no calibration.
+    `importance`: for the same batches, what each token counts for in H (ptq.calibrate.importance); every token the same
+    without.  `curvature`: by linear, G for row feedback.  `validation`: token ids (n, length) to measure errors on, the
+    same on all ranks.
+    """
+
+    batches: Sequence[Tensor] = ()
+    importance: TokenImportance | None = None
+    curvature: Mapping[str, Tensor] | None = None
+    validation: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LayerResult:
     """A finished layer.  `layer` holds the quantized weights.  `batch`: sequences that ran at once; replaying needs the same."""
 
-    index: int
-    layer: nn.Module
-    records: list[Record]
-    quantized: dict[str, Quantized]
+    layer: Layer
     batch: int
+    records: list[Record] = field(default_factory=list)
+    quantized: dict[str, Quantized] = field(default_factory=dict)
 
 
 def quantize_model(
-    adapter: Adapter,
-    batches: Sequence[Tensor] | None,
-    config: QuantConfig,
-    token_importance: TokenImportance | None = None,
-    curvature: Mapping[str, Tensor] | None = None,
-    validation: Tensor | None = None,
+    adapter: Adapter, recipe: Recipe | Rules, calibration: Calibration | None = None, *, ignore: Sequence[str] = ()
 ) -> Iterator[tuple[Record, Quantized]]:
     """Quantizes the model in place and yields (record, weight) for each linear as its layer is done.
 
-    `batches`: token ids (n, length) each, on the model's device; None for methods that need no calibration.  `token_importance`:
-    for the same batches, what each token counts for in H (ptq.calibrate.importance); every token counts the same without.
-    `curvature`: by linear, G for row feedback (ptq.calibrate.importance).  `validation`: token ids (n, length) to measure errors on.
-    Raises ValueError, before any work, for whatever `make_plan` finds, and later for non-finite activations or an H that damping
-    does not cure, naming layer and stage; CertificateError where the loss identity fails.
+    `recipe`: one for all linears, or rules (ptq.run.recipe).  Raises ValueError, before any work, for whatever `make_plan`
+    finds, and later for non-finite activations or an H that damping does not cure, naming the linears; CertificateError where
+    the loss identity fails.
     """
-    plan = make_plan(adapter, config)
-    for done in quantize_layers(adapter, batches, config, plan, token_importance, curvature, validation):
+    plan = make_plan(adapter, recipe, ignore)
+    for done in quantize_layers(adapter, plan, calibration or Calibration()):
         yield from ((record, done.quantized[record.name]) for record in done.records)
 
 
 @torch.no_grad()
 def quantize_layers(
     adapter: Adapter,
-    batches: Sequence[Tensor] | None,
-    config: QuantConfig,
     plan: Plan,
-    token_importance: TokenImportance | None = None,
-    curvature: Mapping[str, Tensor] | None = None,
-    validation: Tensor | None = None,
+    calibration: Calibration,
     *,
     ranks: Ranks | None = None,
     finished: int = 0,
-    restore: Callable[[int, nn.Module], int] | None = None,
+    restore: Callable[[Layer], int] | None = None,
     on_host: bool | None = None,
+    sums_of: SumsOf | None = None,
 ) -> Iterator[LayerResult]:
     """Quantizes layer by layer, each as the adapter gives it; what `quantize_model` says holds here.
 
-    `batches` and `token_importance` are those of this rank of the `ranks`.  The first `finished` layers are not quantized but made
-    what they were by restore(index, layer), which returns the batch they ran with.
+    Layers before `finished` are restored from disk by `restore`, which returns the batch size they were calibrated with.
+    `sums_of`: where sums come from if not from the calibration's tokens (ptq.run.shared_hessians).
     """
-    ranks = ranks or Ranks()
-    if not batches and config.needs_calibration:
-        raise ValueError(f"method {config.method} with scale rule {config.rule} needs calibration tokens")
-    if config.row_feedback and curvature is None:
+    check_calibration(plan, calibration, sums_of)
+    loop = LayerLoop(adapter, plan, calibration, ranks or Ranks(), on_host, sums_of)
+    first = 0 if loop.stream else finished
+    for layer in adapter.layers(range(first, len(adapter.names))):
+        loop.begin(layer)
+        if layer.index < finished:
+            assert restore
+            yield loop.restore(layer, restore)
+        else:
+            yield loop.quantize(layer)
+        loop.advance(layer)
+
+
+def check_calibration(plan: Plan, calibration: Calibration, sums_of: SumsOf | None) -> None:
+    """Raises ValueError where the plan needs what the calibration lacks."""
+    if plan.needs_calibration and not calibration.batches and not sums_of:
+        recipe = plan.recipes[plan.needs_calibration]
+        raise ValueError(f"method {recipe.method} with scale rule {recipe.rule} needs calibration tokens")
+    if plan.row_feedback and calibration.curvature is None:
         raise ValueError(
             "row feedback needs the curvature of the loss in every linear's outputs; give what token_importance leaves"
         )
-    hidden, beside, sequences = None, None, 0
-    if batches:
-        device = batches[0].device
-        sequences = round(ranks.all_reduce_value(sum(len(tokens) for tokens in batches), device))
-        hidden = embed_all(adapter, batches, on_host, ranks.local_groups(sequences))
-        beside = (hidden.copy(on_host), hidden.empty_like(on_host)) if config.drift else None
-    watch = None if validation is None else Validation(adapter, validation)
-    weights = {name: torch.cat(parts) for name, parts in (token_importance or {}).items()}
-    for index, (prefix, layer) in enumerate(adapter.layers(range(0 if hidden else finished, len(adapter.names)))):
-        index += 0 if hidden else finished
-        if watch:
-            with phase("report"):
-                watch.before(layer)
-        original = Original(copy.deepcopy(layer), *beside) if beside else None
-        if index < finished:
-            assert hidden and restore
-            hidden.batch = restore(index, layer)
-            if original:
-                original.hidden.batch = hidden.batch
-            if watch:
-                watch.after(layer)
-        else:
-            batch = hidden.batch if hidden else 0
-            stages = stages_of(adapter, prefix, layer, plan)
-            records: list[Record] = []
-            quantized: dict[str, Quantized] = {}
-            for part in [[stage] for stage in stages] if original and config.stagewise else [stages]:
-                shares = shard_rows([shape_of(stage) for stage in part], ranks, divisible=not config.row_feedback)
-                with phase("forward"):
-                    sums = collect(adapter, layer, part, hidden, weights, ranks, sequences, shares, original)
-                records += quantize_stages(part, sums, shares, config, ranks, quantized, curvature or {})
-            if watch:
-                with phase("report"):
-                    errors = watch.after(layer)
-                records = [replace(one, validation_error=errors[one.name[len(prefix) + 1 :]]) for one in records]
-            yield LayerResult(index, layer, records, quantized, hidden.batch if hidden else batch)
+    if plan.drift and sums_of:
+        raise ValueError("drift is of one run of quantized layers; Hessians that several methods share know of none")
+
+
+class LayerLoop:
+    """What goes from layer to layer: the calibration tokens' hidden states, the original's, and those to validate on."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        plan: Plan,
+        calibration: Calibration,
+        ranks: Ranks,
+        on_host: bool | None = None,
+        sums_of: SumsOf | None = None,
+    ):
+        self.adapter, self.plan, self.ranks = adapter, plan, ranks
+        self.curvature = calibration.curvature or {}
+        self.stream = open_stream(adapter, calibration, ranks, on_host) if calibration.batches else None
+        self.sums_of = sums_of or self.collect
+        self.validation = None
+        if calibration.validation is not None:
+            batch = self.stream.hidden.batch if self.stream else len(calibration.validation)
+            self.validation = Validation(adapter, calibration.validation, batch)
+        self.beside = None
+        if self.stream and plan.drift:
+            hidden = self.stream.hidden
+            self.beside = hidden.copy(on_host), hidden.empty_like(on_host)
+        self.original: Layer | None = None
+
+    def begin(self, layer: Layer) -> None:
+        """Keeps the layer as it is before it is quantized, where that is needed."""
+        if self.beside or self.validation:
+            self.original = replace(layer, module=copy.deepcopy(layer.module))
+        if self.stream and self.beside:
+            assert self.original
+            self.stream.original = Original(self.original, *self.beside)
+
+    def restore(self, layer: Layer, restore: Callable[[Layer], int]) -> LayerResult:
+        """Makes the layer what it was after it had been quantized."""
+        assert self.stream
+        self.stream.hidden.batch = restore(layer)
+        if self.stream.original:
+            self.stream.original.hidden.batch = self.stream.hidden.batch
+        self.validate(layer)
+        return LayerResult(layer, self.stream.hidden.batch)
+
+    def quantize(self, layer: Layer) -> LayerResult:
+        result = LayerResult(layer, self.stream.hidden.batch if self.stream else 0)
+        plan = self.plan.layers[layer.index]
+        for groups in self.plan.passes[layer.index]:
+            matrices = [matrix for group in groups for matrix in group.matrices]
+            divisible = not any(matrix.recipe.row_feedback for matrix in matrices)
+            shards = shard_rows([matrix.shape for matrix in matrices], self.ranks, divisible=divisible)
+            with phase("forward"):
+                sums = list(self.sums_of(layer, plan, groups, shards))
+            self.solve(layer, groups, sums, shards, result)
+        errors = self.validate(layer)
+        known = [replace(one, validation_error=errors.get(one.name)) for one in result.records]
+        return replace(result, records=known, batch=self.stream.hidden.batch if self.stream else 0)
+
+    def collect(self, layer: Layer, plan: LayerPlan, groups: Pass, shards: Shards) -> Sequence[Sums | None]:
+        """Of each group, from a pass of the tokens through the layer; None on a rank that solves nothing of it."""
+        if self.stream is None:
+            return [None] * len(groups)
+        return collect(self.adapter, layer, plan, [group.names for group in groups], owners_of(groups, shards), self.stream)
+
+    def solve(self, layer: Layer, groups: Pass, sums: list[Sums | None], shards: Shards, result: LayerResult) -> None:
+        """Solves the matrices, each rank its rows, and puts the results into the linears of every rank."""
+        work = iter(shards)
+        solved: list[tuple[Matrix, list[range], SolvedRows | None]] = []
+        for i, group in enumerate(groups):
+            own, sums[i] = sums[i], None
+            shard_of = [next(work) for _ in group.matrices]
+            solved += self.solve_group(layer, group, own, shard_of)
+            del own
+        with phase("communicate"):
+            found = []
+            for matrix, shard, rows in solved:
+                like = layer.linear(matrix.names[0]).weight
+                found.append((matrix, *gather_matrix(matrix, like, rows, shard, self.ranks)))
+        for matrix, whole, stats, facts in found:
+            Q, start = whole.dequantize(), 0
+            for name, row in zip(matrix.names, stats, strict=True):
+                linear, full = layer.linear(name), layer.full_name(name)
+                stop = start + linear.out_features
+                linear.weight.copy_(Q[start:stop])
+                result.records.append(make_record(full, linear, row, facts, matrix.recipe))
+                result.quantized[full] = whole.rows(start, stop)
+                start = stop
+
+    def solve_group(
+        self, layer: Layer, group: GroupPlan, sums: Sums | None, shards: Shards
+    ) -> list[tuple[Matrix, list[range], SolvedRows | None]]:
+        """This rank's rows of the group's matrices; the sums are used up."""
+        own = [shard[self.ranks.rank] for shard in shards]
+        names = ", ".join(layer.full_name(name) for matrix in group.matrices for name in matrix.names)
+        solved: list[SolvedRows | None] = []
+        try:
+            statistics = take_statistics(sums) if sums and any(own) else None
+            for matrix, rows in zip(group.matrices, own, strict=True):
+                linears = {layer.full_name(name): layer.linear(name) for name in matrix.names}
+                solved.append(solve_matrix(matrix, linears, statistics, self.curvature, rows, self.ranks) if rows else None)
+        except ValueError as error:
+            raise type(error)(f"{names}: {error}") from None
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            raise torch.OutOfMemoryError(
+                f"out of memory in phase 'solve' of {names}, for matrices of {group.matrices[0].d_in}²; set "
+                f"--activations host, or leave this group to more memory with --ignore ({reason})"
+            ) from error
+        return list(zip(group.matrices, shards, solved, strict=True))
+
+    def validate(self, layer: Layer) -> dict[str, float]:
+        """By full name, how far each linear's outputs are off on the validation sequences."""
+        if self.validation is None:
+            return {}
+        assert self.original
+        with phase("report"):
+            errors = self.validation.measure(self.original, layer, self.plan.layers[layer.index])
+        return {layer.full_name(name): error for name, error in errors.items()}
+
+    def advance(self, layer: Layer) -> None:
+        """The layer's input becomes its output, in both models."""
         with phase("forward"):
-            if hidden:
-                propagate(adapter, layer, hidden, "forward")
+            if self.stream:
+                propagate(self.adapter, layer, self.stream.hidden, "forward")
+            original = self.stream.original if self.stream else None
             if original and original.ran:
-                beside = original.output, original.hidden
+                self.beside = original.output, original.hidden
             elif original:
-                propagate(adapter, original.layer, original.hidden, "forward")
+                propagate(self.adapter, original.layer, original.hidden, "forward")
+            if self.stream:
+                self.stream.original = None
+        self.original = None
 
 
-def stages_of(adapter: Adapter, prefix: str, layer: nn.Module, plan: Plan) -> list[Stage]:
-    """The linears of the layer that are to be quantized, by full name, stage by stage."""
-    stages = [
-        {f"{prefix}.{name}": linear_of(layer, name) for name in stage if f"{prefix}.{name}" in plan.linears}
-        for stage in adapter.stages
-    ]
-    return [stage for stage in stages if stage]
+def open_stream(adapter: Adapter, calibration: Calibration, ranks: Ranks, on_host: bool | None) -> Stream:
+    device = calibration.batches[0].device
+    sequences = round(ranks.all_reduce_value(sum(len(tokens) for tokens in calibration.batches), device))
+    hidden = embed_all(adapter, calibration.batches, on_host, ranks.local_groups(sequences))
+    importance = {name: torch.cat(parts) for name, parts in (calibration.importance or {}).items()}
+    return Stream(hidden, ranks, sequences, importance)
 
 
-def linear_of(layer: nn.Module, name: str) -> nn.Linear:
-    linear = layer.get_submodule(name)
-    assert isinstance(linear, nn.Linear), name
-    return linear
+def owners_of(groups: Pass, shards: Shards) -> list[list[int]]:
+    """The ranks that solve some rows of each group."""
+    work = iter(shards)
+    by_group = [[next(work) for _ in group.matrices] for group in groups]
+    return [[rank for rank in range(len(shards[0])) if any(shard[rank] for shard in of_group)] for of_group in by_group]
 
 
-def quantize_stages(
-    stages: list[Stage],
-    sums: list[Sums | None],
-    shares: list[list[range]],
-    config: QuantConfig,
-    ranks: Ranks,
-    quantized: dict[str, Quantized],
-    curvature: Mapping[str, Tensor],
-) -> list[Record]:
-    """Solves the stages, each rank its `shares`, and puts the results into the linears of every rank and into `quantized`."""
-    solved: list[Solved | None] = [None] * len(stages)
-    for i, stage in enumerate(stages):
-        own, sums[i] = sums[i], None
-        if shares[i][ranks.rank]:
-            try:
-                solved[i] = solve_stage(stage, own, config, curvature, shares[i][ranks.rank], ranks)
-            except ValueError as error:
-                raise type(error)(f"{', '.join(stage)}: {error}") from None
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
-                raise torch.OutOfMemoryError(
-                    f"out of memory in phase 'solve' of {', '.join(stage)}, for matrices of {first_of(stage).in_features}²; set "
-                    f"--activations host, or leave this stage to more memory with --ignore ({reason})"
-                ) from error
-    with phase("communicate"):
-        shared = [
-            share_solved(stage, one, share, config, ranks) for stage, one, share in zip(stages, solved, shares, strict=True)
-        ]
-    records: list[Record] = []
-    for stage, (whole, numbers) in zip(stages, shared, strict=True):
-        Q, start = whole.dequantize(), 0
-        for (name, linear), row in zip(stage.items(), numbers.tolist(), strict=True):
-            stop = start + linear.out_features
-            linear.weight.copy_(Q[start:stop])
-            records.append(make_record(name, linear, Numbers(*row), config))
-            quantized[name] = whole.rows(start, stop)
-            start = stop
-    return records
+def take_statistics(sums: Sums) -> Statistics:
+    """In the memory of the sums, which are gone then."""
+    return Statistics(sums.hessian.take_mean(), sums.hessian.tokens, sums.hessian.weight, sums.drift)

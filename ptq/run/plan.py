@@ -1,93 +1,186 @@
-"""Everything about a model that can be known to fail is found here, before any long work."""
+"""What will be done to a model, and everything about it that can be known to fail, before any long work."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ptq.core.formats import Format, get_format
-from ptq.run.config import QuantConfig
-from ptq.runtime.adapter import Adapter
+from ptq.run.recipe import Recipe, Rules, as_rules, matches, recipe_of
+from ptq.runtime.adapter import Adapter, Group, Layer, LayerPlan
 from ptq.runtime.checks import check_finite
 
 BLOCKS = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """Linears that are solved as one matrix, one below the other: they read the same input, and engines fuse them.
+
+    `names`: inside the layer.  `rows`: output features of each.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    d_in: int
+    recipe: Recipe
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of all."""
+        return sum(self.rows), self.d_in
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """A group of linears with one Hessian, and the matrices that are solved with it."""
+
+    names: Group
+    matrices: tuple[Matrix, ...]
+
+
+Pass = tuple[GroupPlan, ...]
+"""What is collected in one pass of the calibration tokens through a layer, and solved after it."""
+
+
+@dataclass(frozen=True)
 class Plan:
-    """`linears`: full name -> shape of each linear to be quantized.  `ignored`: full names of those left alone."""
+    """`linears`: full name -> shape of each linear to be quantized; `recipes`: how.  `ignored`: full names of those left alone.
+
+    `layers`: of each layer, how its linears hang together; `passes`: what is done, pass by pass.
+    """
 
     linears: dict[str, tuple[int, int]]
+    recipes: dict[str, Recipe]
     ignored: tuple[str, ...]
+    layers: tuple[LayerPlan, ...]
+    passes: tuple[tuple[Pass, ...], ...]
 
     @property
     def weights(self) -> int:
         return sum(d_out * d_in for d_out, d_in in self.linears.values())
 
-    def checkpoint_bytes(self, parameters: int, format: Format) -> int:
+    @property
+    def formats(self) -> dict[str, Format]:
+        """By full name."""
+        return {name: recipe.format for name, recipe in self.recipes.items()}
+
+    @property
+    def drift(self) -> bool:
+        """Whether the original's hidden states are needed beside those of the quantized model."""
+        return any(recipe.drift > 0 for recipe in self.recipes.values())
+
+    @property
+    def row_feedback(self) -> bool:
+        return any(recipe.row_feedback for recipe in self.recipes.values())
+
+    @property
+    def needs_calibration(self) -> str | None:
+        """The first linear that does."""
+        return next((name for name, recipe in self.recipes.items() if recipe.needs_calibration), None)
+
+    def checkpoint_bytes(self, parameters: int) -> int:
         """Size of the tensors of a checkpoint of a model with so many parameters: two bytes each but for the linears'."""
-        return 2 * (parameters - self.weights) + int(self.weights * format.bits_per_weight / 8)
+        bits = {name: d_out * d_in * self.recipes[name].format.bits_per_weight for name, (d_out, d_in) in self.linears.items()}
+        return 2 * (parameters - self.weights) + int(sum(bits.values()) / 8)
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """True where `name` equals a pattern or matches a `re:` pattern from its start (the rule of compressed-tensors)."""
-    return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)
+def make_plan(adapter: Adapter, recipe: Recipe | Rules, ignore: Iterable[str] = ()) -> Plan:
+    """What to do by `recipe`, one for all linears or rules (ptq.run.recipe), leaving alone those that `ignore` matches.
 
-
-def make_plan(adapter: Adapter, config: QuantConfig) -> Plan:
-    """The linears to quantize.  Raises ValueError that names the linear and the remedy for: a shape the block does not divide, a
-    non-finite weight, a module that is no nn.Linear, an ignore pattern that matches nothing or splits a stage."""
-    plan, problems = examine(adapter, config)
+    Raises ValueError that names the linear and the remedy for: a shape the block does not divide, a non-finite weight,
+    a pattern that matches nothing, fused linears with different recipes.
+    """
+    plan, problems = examine(adapter, as_rules(recipe, ignore))
     if problems:
         raise ValueError(problems[0])
     return plan
 
 
-def examine(adapter: Adapter, config: QuantConfig) -> tuple[Plan, list[str]]:
-    """The linears to quantize, and everything for which `make_plan` raises."""
+def examine(adapter: Adapter, rules: Rules) -> tuple[Plan, list[str]]:
+    """What to do, and everything for which `make_plan` raises."""
+    recipes: dict[str, Recipe] = {}
     linears: dict[str, tuple[int, int]] = {}
     ignored: list[str] = []
     problems: list[str] = []
-    for prefix, layer in adapter.skeleton():
-        for stage in adapter.stages:
-            names = [f"{prefix}.{name}" for name in stage]
-            left_alone = [name for name in names if matches(name, config.ignore)]
-            if left_alone and len(left_alone) < len(names):
-                problems.append(
-                    f"--ignore leaves {left_alone[0]} alone but not {next(n for n in names if n not in left_alone)}; serving "
-                    f"engines fuse {', '.join(stage)} and need one scheme for all: ignore all of them or none"
-                )
-            ignored += left_alone
-            for full, name in zip(names, stage, strict=True):
-                if not left_alone:
-                    module = layer.get_submodule(name)
-                    problems += linear_problems(full, module)
-                    linears[full] = tuple(module.weight.shape)  # type: ignore[assignment,union-attr]
-    for pattern in config.ignore:
-        if not any(matches(name, [pattern]) for name in [*ignored, "lm_head"]):  # lm_head is never quantized
-            problems.append(f"--ignore {pattern!r} matches no linear; names look like {next(iter(linears), '(none)')}")
-    problems += block_problems(linears, config.format)
+    layers, passes = [], []
+    for layer in adapter.skeleton():
+        layers.append(adapter.plan(layer))
+        for name in (name for group in layers[-1].groups for name in group):
+            full = layer.full_name(name)
+            recipe = recipe_of(full, rules)
+            if recipe is None:
+                ignored.append(full)
+            else:
+                recipes[full] = recipe
+                linears[full] = tuple(layer.linear(name).weight.shape)  # type: ignore[assignment]
+                problems += weight_problems(full, layer.linear(name))
+        problems += disagreements(layer, layers[-1], recipes)
+        passes.append(passes_of(layer, layers[-1], recipes))
+    for pattern, recipe in rules:
+        if not any(matches(name, pattern) for name in [*ignored, *linears, "lm_head"]):  # lm_head is never quantized
+            what = "--ignore" if recipe is None else "rule"
+            problems.append(f"{what} {pattern!r} matches no linear; names look like {next(iter(linears), '(none)')}")
+    problems += block_problems(linears, recipes)
     if not linears:
         problems.append("--ignore leaves nothing to quantize")
-    return Plan(linears, tuple(ignored)), problems
+    return Plan(linears, recipes, tuple(ignored), tuple(layers), tuple(passes)), problems
 
 
-def linear_problems(name: str, module: nn.Module) -> list[str]:
-    if not isinstance(module, nn.Linear):
-        return [f"{name} is a {type(module).__name__}; only nn.Linear can be quantized"]
+def passes_of(layer: Layer, plan: LayerPlan, recipes: Mapping[str, Recipe]) -> tuple[Pass, ...]:
+    """Wave by wave where a linear makes good what those before it lost, as it then is; else all from one pass."""
+    waves = [tuple(found for group in wave if (found := plan_group(layer, plan, group, recipes))) for wave in plan.waves]
+    waves = [wave for wave in waves if wave]
+    if any(matrix.recipe.drift and matrix.recipe.stagewise for wave in waves for group in wave for matrix in group.matrices):
+        return tuple(waves)
+    return (tuple(group for wave in waves for group in wave),) if waves else ()
+
+
+def plan_group(layer: Layer, plan: LayerPlan, group: Group, recipes: Mapping[str, Recipe]) -> GroupPlan | None:
+    """None where nothing of the group is to be quantized."""
+    matrices: dict[tuple[str, ...], Matrix] = {}
+    for name in group:
+        names = plan.fused_with(name)
+        recipe = recipes.get(layer.full_name(name))
+        if recipe is not None and names not in matrices:
+            linears = [layer.linear(each) for each in names]
+            matrices[names] = Matrix(names, tuple(one.out_features for one in linears), linears[0].in_features, recipe)
+    return GroupPlan(group, tuple(matrices.values())) if matrices else None
+
+
+def disagreements(layer: Layer, plan: LayerPlan, recipes: Mapping[str, Recipe]) -> list[str]:
+    """Fused linears whose recipes differ."""
+    found = []
+    for names in plan.fused:
+        theirs = [recipes.get(layer.full_name(name)) for name in names]
+        other = next((n for n, recipe in enumerate(theirs) if recipe != theirs[0]), None)
+        if other is None:
+            continue
+        engines = f"serving engines fuse {', '.join(names)} and need one scheme for all"
+        first, second = layer.full_name(names[0]), layer.full_name(names[other])
+        if theirs[0] is None or theirs[other] is None:
+            alone, not_alone = (first, second) if theirs[0] is None else (second, first)
+            found.append(f"--ignore leaves {alone} alone but not {not_alone}; {engines}: ignore all of them or none")
+        else:
+            found.append(f"{first} is to be {theirs[0]} and {second} {theirs[other]}; {engines}: give them one recipe")
+    return found
+
+
+def weight_problems(name: str, linear: nn.Linear) -> list[str]:
     try:
-        check_finite(f"{name}.weight", module.weight)
+        check_finite(f"{name}.weight", linear.weight)
     except ValueError as error:
         return [str(error)]
     return []
 
 
-def block_problems(linears: dict[str, tuple[int, int]], format: Format) -> list[str]:
-    misfits = {name: shape for name, shape in linears.items() if shape[1] % format.block}
+def block_problems(linears: Mapping[str, tuple[int, int]], recipes: Mapping[str, Recipe]) -> list[str]:
+    misfits = {name: shape for name, shape in linears.items() if shape[1] % recipes[name].format.block}
     if not misfits:
         return []
     name, (_, d_in) = next(iter(misfits.items()))
+    format = recipes[name].format
     tails = sorted({name.split(".layers.")[-1].split(".", 1)[-1] for name in misfits})
     ignore = " ".join(f"'re:.*\\.{re.escape(tail)}$'" for tail in tails)
     smaller = [b for b in BLOCKS if b < format.block and all(shape[1] % b == 0 for shape in linears.values())]

@@ -18,14 +18,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import ptq
 from ptq.calibrate.importance import TokenImportance, to_keep
-from ptq.core.formats import Format
-from ptq.export.checkpoint import check_layer, layer_tensors, restore_layer, save_tensors, save_text, shard_name
+from ptq.export.checkpoint import Formats, check_layer, layer_tensors, restore_layer, shard_name
+from ptq.export.files import save_tensors, save_text
+from ptq.export.layout import Layout
 from ptq.run.loop import LayerResult
 from ptq.run.solve import Record
+from ptq.runtime.adapter import Layer
 from ptq.runtime.distributed import Ranks
 
 
@@ -112,18 +114,18 @@ class Unfinished:
     def _record_path(self, index: int) -> Path:
         return self.folder / "layers" / f"{index:05}.json"
 
-    def write_layer(self, prefix: str, done: LayerResult, tensors: Mapping[str, Tensor], format: Format) -> None:
+    def write_layer(self, done: LayerResult, tensors: Mapping[str, Tensor], formats: Formats, layout: Layout) -> None:
         """Stores a layer for good.  Raises ReadBackError where its file does not read back as the layer."""
-        path = self.checkpoint / shard_name(done.index, self.layers)
+        path = self.checkpoint / shard_name(done.layer.index, self.layers)
         save_tensors(path, tensors)
-        check_layer(path, prefix, done.layer, format)
-        about = {"layer": prefix, "batch": done.batch, "records": [asdict(record) for record in done.records]}
-        save_text(self._record_path(done.index), json.dumps(about) + "\n")
+        check_layer(path, done.layer, formats, layout)
+        about = {"layer": done.layer.name, "batch": done.batch, "records": [asdict(record) for record in done.records]}
+        save_text(self._record_path(done.layer.index), json.dumps(about) + "\n")
 
-    def restore(self, prefix: str, index: int, layer: nn.Module, format: Format) -> int:
+    def restore(self, layer: Layer, formats: Formats, layout: Layout) -> int:
         """Makes a layer of the original what it was after it had been finished; returns the batch it ran with."""
-        restore_layer(prefix, layer, load_file(self.checkpoint / shard_name(index, self.layers)), format)
-        return json.loads(self._record_path(index).read_text())["batch"]
+        restore_layer(layer, load_file(self.checkpoint / shard_name(layer.index, self.layers)), formats, layout)
+        return json.loads(self._record_path(layer.index).read_text())["batch"]
 
     def records(self) -> list[Record]:
         """Of all finished layers."""
@@ -157,10 +159,10 @@ class Unfinished:
             shutil.rmtree(self.folder)
 
     @contextmanager
-    def writer(self, format: Format) -> Iterator["LayerWriter"]:
+    def writer(self, formats: Formats, layout: Layout) -> Iterator["LayerWriter"]:
         """Writes layers while the next ones are worked on; all are on the disk when the block is left."""
         with ThreadPoolExecutor(1) as pool:
-            writer = LayerWriter(self, pool, format)
+            writer = LayerWriter(self, pool, formats, layout)
             yield writer
             writer.wait()
 
@@ -188,28 +190,28 @@ class Curvature(Mapping[str, Tensor]):
 class LayerWriter:
     """Writes a layer in another thread; at most one waits."""
 
-    def __init__(self, unfinished: Unfinished, pool: ThreadPoolExecutor, format: Format):
-        self._unfinished, self._pool, self._format = unfinished, pool, format
+    def __init__(self, unfinished: Unfinished, pool: ThreadPoolExecutor, formats: Formats, layout: Layout):
+        self._unfinished, self._pool, self._formats, self._layout = unfinished, pool, formats, layout
         self._last: Future | None = None
 
-    def write(self, prefix: str, done: LayerResult) -> None:
+    def write(self, done: LayerResult) -> None:
         """Raises what writing the layer before raised."""
-        tensors = layer_tensors(prefix, done.layer, done.quantized)
+        tensors = layer_tensors(done.layer, done.quantized, self._layout)
         ready = torch.cuda.Event() if next(iter(tensors.values())).is_cuda else None
         if ready is not None:
             ready.record()
         self.wait()
-        self._last = self._pool.submit(self._write, prefix, done, tensors, ready)
+        self._last = self._pool.submit(self._write, done, tensors, ready)
 
-    def _write(self, prefix: str, done: LayerResult, tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> None:
+    def _write(self, done: LayerResult, tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> None:
         if ready is None:
-            self._unfinished.write_layer(prefix, done, tensors, self._format)
+            self._unfinished.write_layer(done, tensors, self._formats, self._layout)
             return
         # Copies and comparison go beside the work that the other thread has queued meanwhile.
         stream = torch.cuda.Stream(next(iter(tensors.values())).device)
         stream.wait_event(ready)
         with torch.cuda.stream(stream):
-            self._unfinished.write_layer(prefix, done, tensors, self._format)
+            self._unfinished.write_layer(done, tensors, self._formats, self._layout)
 
     def wait(self) -> None:
         if self._last is not None:

@@ -1,4 +1,4 @@
-"""One stage: its linears solved as one matrix, and what is known of the result.
+"""One matrix: its linears solved together, and what is known of the result.
 
 Nothing here waits for the device but a factorization that may fail: the numbers of a record are tensors until the layer ends.
 """
@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptq.calibrate.collect import Stage, Sums, first_of, shape_of
+from ptq.calibrate.drift import Drift
 from ptq.core.formats import choose_tensor_scale
 from ptq.core.packing import Quantized
 from ptq.methods import METHODS
 from ptq.methods.rtn import rtn
 from ptq.methods.solution import Solution, join
-from ptq.run.config import QuantConfig
+from ptq.run.plan import Matrix
+from ptq.run.recipe import Recipe
 from ptq.runtime.clock import Timestamp, now, phase, seconds_between
 from ptq.runtime.distributed import Ranks
 
@@ -37,8 +38,9 @@ class Record:
     `error`: ‖(W - Q) X‖ / ‖W X‖ on the calibration tokens, weighted as H is, or ‖(T - Q) X‖ / ‖W X‖ where drift moved W to T;
     `rtn_error` the same for RTN of W with absmax scales; None without calibration.  `certificate`: relative difference of the
     two sides of the loss identity (gptq only).  `moved_scales`: share of the blocks whose scale is not the absmax one.
-    `dead_inputs`: columns no token reached.  `seconds`: this linear's share, by rows, of its stage.
-    `validation_error`: of its outputs against the original model's (ptq.calibrate.validation).
+    `dead_inputs`: columns no token reached.  `seconds`: its part, by rows, of the time its matrix was solved in, over the number
+    of ranks: all records together add up to no more than the run.  `validation_error`: of its outputs against the original
+    model's (ptq.calibrate.validation).
     """
 
     name: str
@@ -56,89 +58,127 @@ class Record:
     validation_error: float | None = None
 
 
-class Numbers(NamedTuple):
-    """What the device found of one linear.  Energies: Σ over rows of the mean over tokens of (row · x)².
+class LinearStats(NamedTuple):
+    """What the device found of one linear.  Sums over rows, so that ranks that share the rows add up: energies, which are means
+    over tokens of (row · x)²; `accumulated` and `measured`, the sides of the loss identity; `moved`, the share of a row's blocks
+    whose scale is not the absmax one; `seconds`."""
 
-    `moved`: Σ over rows of the share of blocks whose scale is not the absmax one.  What follows is no sum over rows.
-    `feeds_forward`: 1 where the method has a loss identity, whose sides are `accumulated` and `measured`, else 0.
-    """
-
-    whole: float
-    ours: float
-    baseline: float
+    output_energy: float
+    error_energy: float
+    rtn_energy: float
     accumulated: float
     measured: float
     moved: float
-    feeds_forward: float
-    dead: float
-    tokens: float
     seconds: float
 
 
+class MatrixFacts(NamedTuple):
+    """What is the same for all rows, and said by one rank only.  `has_identity`: 1 where the method has a loss identity."""
+
+    has_identity: float
+    dead_inputs: float
+    tokens: float
+
+
 @dataclass(frozen=True)
-class Solved:
-    """Quantized rows of a stage.  numbers (linears, 10) float64, on the device: rows of `Numbers`, seconds still 0."""
+class SolvedRows:
+    """Quantized rows of a matrix, and on the device, float64: stats (linears, 7), seconds still 0, and facts (3,)."""
 
     quantized: Quantized
-    numbers: Tensor
+    stats: Tensor
+    facts: Tensor
     begin: Timestamp
     end: Timestamp
 
 
-def solve_stage(
-    stage: Stage, sums: Sums | None, config: QuantConfig, curvature: Mapping[str, Tensor], rows: range, ranks: Ranks
-) -> Solved:
-    """Quantizes the linears of one stage as one matrix, or `rows` of it where others of the ranks have the rest: they share H, U
-    and, as serving engines fuse them, tensor_scale.
+@dataclass(frozen=True)
+class Statistics:
+    """Of the calibration tokens, for one group: H (d_in, d_in), what was lost before it, and how much weight both are over."""
 
-    The sums are used up.  With row feedback each linear is solved with its own `curvature`.
+    H: Tensor
+    tokens: int
+    weight: Tensor
+    drift: Drift | None = None
+
+
+def solve_matrix(
+    matrix: Matrix,
+    linears: Mapping[str, nn.Linear],
+    statistics: Statistics | None,
+    curvature: Mapping[str, Tensor],
+    rows: range,
+    ranks: Ranks,
+) -> SolvedRows:
+    """Quantizes the `linears`, by full name in the order of the matrix, or `rows` of them where other ranks have the rest: they
+    share H, U and, as serving engines fuse them, tensor_scale.
+
+    With row feedback each linear is solved with its own `curvature`.  Raises ValueError for statistics that are not finite.
     """
-    cuts = cut(stage, rows)
-    sizes = [part.stop - part.start for part in cuts]
-    device = first_of(stage).weight.device
+    recipe = matrix.recipe
+    slices = row_slices(matrix.rows, rows)
+    sizes = [part.stop - part.start for part in slices]
+    device = next(iter(linears.values())).weight.device
     begin = now(device)
-    H, tokens = (sums.hessian.take_mean(), sums.hessian.tokens) if sums else (None, 0)
-    W = T = torch.cat([linear.weight[part].float() for linear, part in zip(stage.values(), cuts, strict=True)])
-    if sums and sums.drift:
-        assert H is not None
+    H = statistics.H if statistics else None
+    W = T = torch.cat([linear.weight[part].float() for linear, part in zip(linears.values(), slices, strict=True)])
+    if statistics and statistics.drift and recipe.drift:
         with phase("drift"):
-            part = slice(rows.start, rows.stop)
-            T = sums.drift.target(W, H, sums.hessian.weight, strength=config.drift, ridge=config.ridge, rows=part)
+            T = drift_target(W, recipe, statistics, rows)
     largest = T.abs().amax()
     tensor_scale = choose_tensor_scale(
-        largest if len(rows) == shape_of(stage)[0] else ranks.all_reduce_max(largest), config.format
+        largest if len(rows) == matrix.shape[0] else ranks.all_reduce_max(largest), recipe.format
     )
     with phase("sweep"):
         how = partial(
-            METHODS[config.method], format=config.format, rule=config.rule, tensor_scale=tensor_scale, damp=config.damp
+            METHODS[recipe.method], format=recipe.format, rule=recipe.rule, tensor_scale=tensor_scale, damp=recipe.damp
         )
-        if config.frozen:
+        if recipe.frozen:
             how = partial(how, frozen=True)
-        if config.row_feedback:
-            parts = zip(T.split(sizes), stage, strict=True)
+        if recipe.row_feedback:
+            parts = zip(T.split(sizes), linears, strict=True)
             solution = join([how(part, H, G=curvature[name].to(device)) for part, name in parts])
         else:
             solution = how(T, H)
     with phase("report"):
-        nothing = W.new_zeros(len(W), dtype=torch.float64)
-        baseline = rtn(W, None, config.format, rule="absmax", tensor_scale=tensor_scale).quantized
-        energies = [nothing] * 3 if H is None else output_energies(W, T, H, solution, baseline.dequantize(), config)
-        identity = [nothing if side is None else side for side in (solution.accumulated, solution.measured)]
-        moved = (solution.quantized.scales != baseline.scales).double().sum(1) / baseline.scales.shape[1]
-        totals = [torch.stack([part.sum() for part in each.split(sizes)]) for each in (*energies, *identity, moved)]
-        dead = 0 if H is None else (H.diagonal() == 0).sum()
-        same = (solution.measured is not None, dead, tokens, 0)
-        constants = [torch.as_tensor(value, dtype=torch.float64, device=device).expand(len(sizes)) for value in same]
-    return Solved(solution.quantized, torch.stack([*totals, *constants], 1), begin, now(device))
+        stats = linear_stats(W, T, H, solution, recipe, sizes)
+        dead, tokens = ((statistics.H.diagonal() == 0).sum(), statistics.tokens) if statistics else (0, 0)
+        facts = (solution.measured is not None, dead, tokens)
+        told = torch.stack([torch.as_tensor(fact, dtype=torch.float64, device=device) for fact in facts])
+    return SolvedRows(solution.quantized, stats, told, begin, now(device))
 
 
-def output_energies(W: Tensor, T: Tensor, H: Tensor, solution: Solution, baseline: Tensor, config: QuantConfig) -> list[Tensor]:
+def drift_target(W: Tensor, recipe: Recipe, statistics: Statistics, rows: range) -> Tensor:
+    """What is rounded instead of W, these `rows` of a matrix that makes good what was lost before it."""
+    assert statistics.drift
+    part = slice(rows.start, rows.stop)
+    T = statistics.drift.target(W, statistics.H, statistics.weight, strength=recipe.drift, ridge=recipe.ridge, rows=part)
+    if not T.isfinite().all():
+        raise ValueError(
+            "what was lost before it is not finite: the original model overflows on the calibration tokens; run it in --dtype "
+            "bfloat16 or float32"
+        )
+    return T
+
+
+def linear_stats(W: Tensor, T: Tensor, H: Tensor | None, solution: Solution, recipe: Recipe, sizes: list[int]) -> Tensor:
+    """(linears, 7) float64: `LinearStats` of these rows, `sizes` of each linear, seconds still 0."""
+    nothing = W.new_zeros(len(W), dtype=torch.float64)
+    quantized = solution.quantized
+    baseline = rtn(W, None, recipe.format, rule="absmax", tensor_scale=quantized.tensor_scale).quantized
+    energies = [nothing] * 3 if H is None else output_energies(W, T, H, solution, baseline.dequantize(), recipe)
+    identity = [nothing if side is None else side for side in (solution.accumulated, solution.measured)]
+    moved = (quantized.scales != baseline.scales).double().sum(1) / baseline.scales.shape[1]
+    sums = [torch.stack([part.sum() for part in each.split(sizes)]) for each in (*energies, *identity, moved, nothing)]
+    return torch.stack(sums, 1)
+
+
+def output_energies(W: Tensor, T: Tensor, H: Tensor, solution: Solution, baseline: Tensor, recipe: Recipe) -> list[Tensor]:
     """Of W, of the error of T, and of the error of the baseline: mean over tokens of (row · x)², each (d_out,) float64."""
     error = T - solution.quantized.dequantize()
-    if solution.measured is None or config.row_feedback:
+    if solution.measured is None or recipe.row_feedback:
         ours = ((error @ H) * error).sum(1, dtype=torch.float64)
     else:  # what the method measured, less the damping in it
-        ours = solution.measured - config.damp * H.diagonal().mean() * error.square().sum(1, dtype=torch.float64)
+        ours = solution.measured - recipe.damp * H.diagonal().mean() * error.square().sum(1, dtype=torch.float64)
     return [rough_energy(W, H), ours, rough_energy(W - baseline, H)]
 
 
@@ -150,58 +190,62 @@ def rough_energy(W: Tensor, H: Tensor) -> Tensor:
     return ((W @ H) * W).sum(1, dtype=torch.float64)
 
 
-def cut(stage: Stage, rows: range) -> list[slice]:
-    """The part of each linear's rows that is in `rows` of the stage."""
-    cuts, start = [], 0
-    for linear in stage.values():
-        first, last = (min(max(edge - start, 0), linear.out_features) for edge in (rows.start, rows.stop))
-        cuts.append(slice(first, last))
-        start += linear.out_features
-    return cuts
+def row_slices(sizes: tuple[int, ...], rows: range) -> list[slice]:
+    """The part of each linear's rows, `sizes` of them one below the other, that is in `rows` of the matrix."""
+    slices, start = [], 0
+    for size in sizes:
+        first, last = (min(max(edge - start, 0), size) for edge in (rows.start, rows.stop))
+        slices.append(slice(first, last))
+        start += size
+    return slices
 
 
-def share_solved(
-    stage: Stage, solved: Solved | None, share: list[range], config: QuantConfig, ranks: Ranks
-) -> tuple[Quantized, Tensor]:
-    """(quantized, numbers) of a stage on every rank; `solved`: this rank's rows of the `share`."""
-    first, (d_out, d_in) = first_of(stage).weight, shape_of(stage)
-    codes = first.new_empty((d_out, d_in), dtype=torch.uint8)
-    scales = first.new_empty((d_out, d_in // config.format.block), dtype=torch.float32)
-    tensor_scale = first.new_empty((), dtype=torch.float32)
-    numbers = first.new_zeros((len(stage), len(Numbers._fields)), dtype=torch.float64)
-    owners = [rank for rank, rows in enumerate(share) if rows]
+def gather_matrix(
+    matrix: Matrix, like: Tensor, solved: SolvedRows | None, shard: list[range], ranks: Ranks
+) -> tuple[Quantized, list[LinearStats], MatrixFacts]:
+    """(quantized, stats of each linear, facts) of a matrix on every rank; `solved`: this rank's rows of the `shard`."""
+    (d_out, d_in), format = matrix.shape, matrix.recipe.format
+    codes = like.new_empty((d_out, d_in), dtype=torch.uint8)
+    scales = like.new_empty((d_out, d_in // format.block), dtype=torch.float32)
+    tensor_scale = like.new_empty((), dtype=torch.float32)
+    stats = like.new_zeros((len(matrix.names), len(LinearStats._fields)), dtype=torch.float64)
+    facts = like.new_zeros(len(MatrixFacts._fields), dtype=torch.float64)
+    owners = [rank for rank, rows in enumerate(shard) if rows]
     if solved:
-        if first.is_cuda:
-            torch.cuda.synchronize(first.device)
-        rows = slice(share[ranks.rank].start, share[ranks.rank].stop)
+        if like.is_cuda:
+            torch.cuda.synchronize(like.device)
+        rows = slice(shard[ranks.rank].start, shard[ranks.rank].stop)
         codes[rows], scales[rows] = solved.quantized.codes, solved.quantized.scales
         tensor_scale.copy_(solved.quantized.tensor_scale)
-        numbers.copy_(solved.numbers)
-        numbers[:, -1] = seconds_between(solved.begin, solved.end)
-        numbers[:, Numbers._fields.index("feeds_forward") :] /= len(owners)
+        stats.copy_(solved.stats)
+        share = torch.tensor(matrix.rows, dtype=torch.float64, device=like.device) / d_out
+        stats[:, LinearStats._fields.index("seconds")] = seconds_between(solved.begin, solved.end) / ranks.size * share
+        if ranks.rank == owners[0]:
+            facts.copy_(solved.facts)
     for rank in owners:
         for tensor in (codes, scales):
-            ranks.broadcast(tensor[share[rank].start : share[rank].stop], rank)
+            ranks.broadcast(tensor[shard[rank].start : shard[rank].stop], rank)
     ranks.broadcast(tensor_scale, owners[0])
-    return Quantized(codes, scales, tensor_scale, config.format), ranks.all_reduce(numbers)
+    told = [LinearStats(*row) for row in ranks.all_reduce(stats).tolist()]
+    return Quantized(codes, scales, tensor_scale, format), told, MatrixFacts(*ranks.all_reduce(facts).tolist())
 
 
-def make_record(name: str, linear: nn.Linear, numbers: Numbers, config: QuantConfig) -> Record:
+def make_record(name: str, linear: nn.Linear, stats: LinearStats, facts: MatrixFacts, recipe: Recipe) -> Record:
     """Raises CertificateError where the loss identity fails."""
-    known = numbers.tokens > 0
+    known = facts.tokens > 0
     return Record(
         name=name,
         shape=(linear.out_features, linear.in_features),
-        method=config.method,
-        rule=config.rule,
-        error=relative(numbers.ours, numbers.whole) if known else None,
-        rtn_error=relative(numbers.baseline, numbers.whole) if known else None,
-        certificate=certify(name, numbers),
-        moved_scales=numbers.moved / linear.out_features,
-        damp=config.damp,
-        dead_inputs=int(numbers.dead) if known else None,
-        tokens=int(numbers.tokens),
-        seconds=numbers.seconds,
+        method=recipe.method,
+        rule=recipe.rule,
+        error=relative(stats.error_energy, stats.output_energy) if known else None,
+        rtn_error=relative(stats.rtn_energy, stats.output_energy) if known else None,
+        certificate=certify(name, stats) if known and facts.has_identity else None,
+        moved_scales=stats.moved / linear.out_features,
+        damp=recipe.damp,
+        dead_inputs=int(facts.dead_inputs) if known else None,
+        tokens=int(facts.tokens),
+        seconds=stats.seconds,
     )
 
 
@@ -209,18 +253,13 @@ def relative(part: float, whole: float) -> float:
     return (max(part, 0.0) / whole) ** 0.5 if whole else 0.0
 
 
-def certify(name: str, numbers: Numbers) -> float | None:
-    """Relative difference of Σ err² and tr(Δ (H + damp) Δᵀ), None where the method feeds no error forward.
-
-    Raises CertificateError where it exceeds the tolerance.
-    """
-    if numbers.tokens == 0 or not numbers.feeds_forward:
-        return None
+def certify(name: str, stats: LinearStats) -> float:
+    """Relative difference of Σ err² and tr(Δ (H + damp) Δᵀ).  Raises CertificateError where it exceeds the tolerance."""
     # Weights that were on the grid already leave nothing but rounding noise on both sides.
-    difference = abs(numbers.accumulated - numbers.measured) / max(numbers.measured, 1e-9 * numbers.whole, 1e-300)
+    difference = abs(stats.accumulated - stats.measured) / max(stats.measured, 1e-9 * stats.output_energy, 1e-300)
     if not difference <= CERTIFICATE_TOLERANCE:
         raise CertificateError(
-            f"{name}: Σ err² = {numbers.accumulated:.6g} but tr(Δ (H + damp) Δᵀ) = {numbers.measured:.6g}; the error feedback went "
+            f"{name}: Σ err² = {stats.accumulated:.6g} but tr(Δ (H + damp) Δᵀ) = {stats.measured:.6g}; the error feedback went "
             "wrong, please report this"
         )
     return difference

@@ -1,23 +1,68 @@
-"""What the runner needs to know of a model; models/ implements it, one file per family of architectures."""
+"""What the loop needs to know of a model; ptq.models implements it for transformers' decoders."""
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+
+Group = tuple[str, ...]
+"""Names inside a layer of linears that read the same input, and so share one Hessian."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: its number, its full name, and the module, whose tensors may be on the meta device."""
+
+    index: int
+    name: str
+    module: nn.Module
+
+    def full_name(self, name: str) -> str:
+        """Of the linear that is called `name` inside the layer."""
+        return f"{self.name}.{name}"
+
+    def linear(self, name: str) -> nn.Linear:
+        module = self.module.get_submodule(name)
+        assert isinstance(module, nn.Linear), name
+        return module
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How the linears of a layer hang together, by their names inside it.
+
+    `waves`: the groups in the order they run; those of one wave (the experts of a mixture) do not depend on each other.
+    `fused`: linears that serving engines fuse, which need one scheme and one tensor_scale; all of a set are in one group.
+    `residual`: linears whose output is added to the residual stream, and the factor it is multiplied by first.
+    `output`: the one of them whose sum is the layer's output, if any.
+    """
+
+    waves: tuple[tuple[Group, ...], ...]
+    fused: tuple[tuple[str, ...], ...]
+    residual: Mapping[str, float]
+    output: str | None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(group for wave in self.waves for group in wave)
+
+    def fused_with(self, name: str) -> tuple[str, ...]:
+        """The set that `name` is fused into, itself included; alone where it is in none."""
+        return next((names for names in self.fused if name in names), (name,))
 
 
 class Adapter(Protocol):
     """A model as a chain of layers.  Layers come one by one, so an adapter may read each from disk when it is asked for."""
 
-    stages: tuple[tuple[str, ...], ...]
-    """Names inside a layer of the linears that read the same input, in the order they run."""
-
-    writers: tuple[str, str]
-    """Names inside a layer of the linears whose output is added to the residual stream: the first adds to the layer's input, the
-    last makes the layer's output."""
-
     names: tuple[str, ...]
     """Full names of the layers, first to last."""
+
+    @property
+    def model(self) -> Any:
+        """transformers' model; its tensors may be on the meta device."""
+        ...
 
     def parameters(self) -> int:
         """How many there are."""
@@ -27,18 +72,22 @@ class Adapter(Protocol):
         """Token ids (n, length) -> the first layer's input (n, length, d)."""
         ...
 
-    def skeleton(self) -> Iterator[tuple[str, nn.Module]]:
-        """(full name, module) of each layer; its tensors may be on the meta device."""
+    def skeleton(self) -> Iterator[Layer]:
+        """The layers, whose tensors may be on the meta device."""
         ...
 
-    def layers(self, order: Sequence[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-        """(full name, module) of the layers numbered by `order`, all of them first to last without.
+    def plan(self, layer: Layer) -> LayerPlan:
+        """How the layer's linears hang together."""
+        ...
+
+    def layers(self, order: Sequence[int] | None = None) -> Iterator[Layer]:
+        """The layers numbered by `order`, all of them first to last without.
 
         Raises ValueError that names a weight that is not finite.
         """
         ...
 
-    def forward(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def forward(self, layer: Layer, hidden: Tensor) -> Tensor:
         """The layer's output (n, length, d) for input `hidden`."""
         ...
 
@@ -48,4 +97,8 @@ class Adapter(Protocol):
 
     def ends(self) -> dict[str, Tensor]:
         """The tensors outside of the layers, by the names they have in a checkpoint."""
+        ...
+
+    def in_dtype(self, dtype: torch.dtype) -> "Adapter":
+        """The same model with parameters of another dtype."""
         ...

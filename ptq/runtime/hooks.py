@@ -2,8 +2,21 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import Tensor, nn
+
+_routed: ContextVar[Tensor | None] = ContextVar("routed", default=None)
+
+
+@contextmanager
+def routed(tokens: Tensor) -> Iterator[None]:
+    """Inside the block a linear's input is of these tokens only: numbers (t,) into the batch's tokens, flattened."""
+    before = _routed.set(tokens)
+    try:
+        yield
+    finally:
+        _routed.reset(before)
 
 
 class StopForward(Exception):
@@ -27,19 +40,20 @@ def observe_outputs(linears: Iterable[nn.Module], observe: Callable[[nn.Module, 
 
 def observe_inputs(
     linears: Iterable[nn.Module],
-    observe: Callable[[nn.Module, Tensor], None],
+    observe: Callable[[nn.Module, Tensor, Tensor | None], None],
     last: nn.Module | None,
     run: Callable[[], Tensor],
 ) -> Tensor | None:
-    """run(), a forward pass during which observe(linear, x) is called with the input x of each linear before it runs.
+    """run(), a forward pass during which observe(linear, x, tokens) is called with the input x of each linear before it
+    runs, and which of the batch's tokens those are (None: all).
 
-    The pass ends when `last` has been seen, whose own product is not computed, and None is returned; without `last`, what run()
-    returns.  (No context manager: from Python 3.12 on, one that swallows an exception leaves a cycle of references to all
-    that the forward pass held, which is gigabytes until the garbage collector comes by.)
+    The pass ends when `last` has been observed, whose own product is not computed, and None is returned; without `last`,
+    what run() returns.  (No context manager: from Python 3.12 on, one that swallows an exception leaves a cycle of
+    references to all that the forward pass held, which is gigabytes until the garbage collector comes by.)
     """
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        observe(module, args[0])
+        observe(module, args[0], _routed.get())
         if module is last:
             raise StopForward
 

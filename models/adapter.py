@@ -1,0 +1,165 @@
+"""A transformers decoder as a chain of layers, by recording.
+
+The model makes its own masks, rotary embeddings and positions: its forward pass is run over layers that only note what
+they are given, and a layer is later run by itself with just that.  So an architecture needs no code here.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
+
+from ptq.models.families import family_of
+from ptq.runtime.adapter import Group, Layer, LayerPlan
+from ptq.runtime.hooks import StopForward, observe_inputs
+
+Call = tuple[tuple, dict[str, Any]]
+TRACE_LENGTH = 8
+
+
+class ModelAdapter:
+    """The adapter (ptq.runtime.adapter) of a loaded model.  Sequences are of one length, without padding."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.family = family_of(model.config, type(model).__name__)
+        self.model, self.config = model, model.config
+        self._body: Any = model.get_decoder()
+        self.prefix = next(name for name, module in model.named_modules() if module is self._body) + ".layers."
+        self.names = tuple(f"{self.prefix}{index}" for index in range(model.config.num_hidden_layers))
+        self._calls: dict[tuple[int, torch.dtype, torch.device], list[Call]] = {}
+        self._plans: dict[tuple, LayerPlan] = {}
+
+    def parameters(self) -> int:
+        """How many there are."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        first: list[Tensor] = []
+
+        def note(index: int, hidden: Tensor, call: Call) -> Tensor:
+            first.append(hidden)
+            raise StopForward
+
+        self._run_body(note, input_ids=tokens)
+        return first[0]
+
+    def skeleton(self) -> Iterator[Layer]:
+        yield from self.layers()
+
+    def layers(self, order: Sequence[int] | None = None) -> Iterator[Layer]:
+        for index in range(len(self.names)) if order is None else order:
+            yield Layer(index, self.names[index], self._body.layers[index])
+
+    def forward(self, layer: Layer, hidden: Tensor) -> Tensor:
+        args, kwargs = self._recorded(hidden)[layer.index]
+        return first_of(layer.module(hidden, *args, **kwargs))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        layers = self._body.layers
+        replace_forward(layers, lambda index, _hidden, _call: hidden)
+        try:
+            return self.model(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            restore_forward(layers)
+
+    def plan(self, layer: Layer) -> LayerPlan:
+        """Found by running the layer on the meta device, once for all layers of its structure."""
+        linears = {name: module for name, module in layer.module.named_modules() if isinstance(module, nn.Linear)}
+        structure = tuple((name, linear.weight.shape) for name, linear in linears.items())
+        if structure not in self._plans:
+            waves = waves_of(self._trace(layer, linears))
+            fused = tuple(there for names in self.family.fused if (there := tuple(n for n in names if n in linears)))
+            residual = {name: factor for name, factor in self.family.residual.items() if name in linears}
+            last = next(reversed(self.family.residual), None)
+            self._plans[structure] = LayerPlan(waves, fused, residual, last if last in residual else None)
+        return self._plans[structure]
+
+    def ends(self) -> dict[str, Tensor]:
+        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        tensors = self.model.state_dict()
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(self.prefix) and name not in tied}
+
+    def in_dtype(self, dtype: torch.dtype) -> "ModelAdapter":
+        """The same with parameters of another dtype; the model's own change.  (Buffers do not: rotary frequencies stay float32.)"""
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return self
+
+    @torch.no_grad()
+    def _recorded(self, hidden: Tensor) -> list[Call]:
+        """What the model gives each layer beside hidden states like `hidden`; it does not depend on what is in them."""
+        key = hidden.shape[1], hidden.dtype, hidden.device
+        if key not in self._calls:
+            calls: list[Call] = []
+
+            def note(index: int, hidden: Tensor, call: Call) -> Tensor:
+                calls.append(call)
+                if index == len(self.names) - 1:
+                    raise StopForward
+                return hidden
+
+            self._run_body(note, inputs_embeds=hidden.new_zeros((1, *hidden.shape[1:])))
+            self._calls[key] = calls
+        return self._calls[key]
+
+    def _run_body(self, note: Callable[[int, Tensor, Call], Tensor], **inputs: Tensor) -> None:
+        """The decoder's own forward pass over layers that do what `note` does, until it raises StopForward."""
+        layers = self._body.layers
+        replace_forward(layers, note)
+        try:
+            self._body(**inputs, use_cache=False)
+        except StopForward:
+            pass
+        finally:
+            restore_forward(layers)
+
+    @torch.no_grad()
+    def _trace(self, layer: Layer, linears: dict[str, nn.Module]) -> list[Group]:
+        """The linears that are given the same tensor, group by group in the order they run."""
+        names = {linear: name for name, linear in linears.items()}
+        inputs: list[Tensor] = []  # held, so that no identity is used twice
+        groups: dict[int, list[str]] = {}
+
+        def observe(linear: nn.Module, x: Tensor, _tokens: Tensor | None) -> None:
+            inputs.append(x)
+            groups.setdefault(id(x), []).append(names[linear])
+
+        weight = next(layer.module.parameters())
+        like = torch.zeros(1, TRACE_LENGTH, self.config.hidden_size, dtype=weight.dtype, device=self._buffers_on())
+        hidden, (args, kwargs) = tree_map_only(Tensor, lambda t: t.to("meta"), (like, self._recorded(like)[layer.index]))
+        tensors = dict(layer.module.named_parameters()) | dict(layer.module.named_buffers())
+        on_meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        observe_inputs(names, observe, None, lambda: functional_call(layer.module, on_meta, (hidden, *args), kwargs))
+        return [tuple(group) for group in groups.values()]
+
+    def _buffers_on(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def waves_of(groups: list[Group]) -> tuple[tuple[Group, ...], ...]:
+    """Groups whose names differ in numbers only, those of experts, are one wave; all others one each."""
+    waves: dict[str, list[Group]] = {}
+    for group in groups:
+        waves.setdefault(re.sub(r"\d+", "*", " ".join(group)), []).append(group)
+    return tuple(map(tuple, waves.values()))
+
+
+def first_of(output: Any) -> Tensor:
+    """A layer's hidden states, also where it returns more."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def replace_forward(layers: nn.ModuleList, forward: Callable[[int, Tensor, Call], Tensor]) -> None:
+    """Until `restore_forward`, layer number i returns forward(i, hidden, (other arguments, keyword arguments))."""
+    for index, layer in enumerate(layers):
+        layer.forward = lambda hidden, *args, index=index, **kwargs: forward(index, hidden, (args, kwargs))
+
+
+def restore_forward(layers: nn.ModuleList) -> None:
+    for layer in layers:
+        del layer.forward

@@ -1,0 +1,55 @@
+"""Files that have their name only once their content is on the disk."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def check_output(output: Path, needed_bytes: int) -> None:
+    """Raises ValueError where `output` exists already, cannot be made, or does not fit on its disk."""
+    if output.exists():
+        raise ValueError(f"output {output} exists already; remove it or name another folder")
+    parent = existing_parent(output)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"output {output} cannot be made: {parent} is not a folder one may write to")
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise ValueError(f"output {output} needs about {needed_bytes / 1e9:.2f} GB; {parent} has {free / 1e9:.2f} GB free")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that is there."""
+    return next(p for p in path.absolute().parents if p.exists())
+
+
+def save_durably(path: Path, write: Callable[[Path], object]) -> None:
+    """write(temporary path), then the file gets its name once its content is on the disk.  An OSError leaves nothing behind."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_durably(path, lambda temporary: save_file(on_cpu, temporary, metadata={"format": "pt"}))
+
+
+def save_text(path: Path, text: str) -> None:
+    save_durably(path, lambda temporary: temporary.write_text(text))

@@ -1,0 +1,55 @@
+"""The names by which scripts speak of recipes: efforts, drifts, and cases METHOD-RULE-IMPORTANCE."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ptq.core.formats import Format
+from ptq.core.scales import RULES
+from ptq.methods import METHODS
+from ptq.run.recipe import Recipe
+
+# What GPTQ does unless told otherwise: each lowers KL and takes longer (docs/accuracy.md has the numbers).
+EFFORTS: dict[str, dict] = {
+    "fast": {"rule": "local", "token_importance": "none", "drift": "none", "row_feedback": False},
+    "default": {"rule": "joint", "token_importance": "none", "drift": "full", "row_feedback": False},
+    "best": {"rule": "joint", "token_importance": "sampled", "drift": "full", "row_feedback": True},
+}
+# How much of what earlier layers lost is made good, and from how many passes.
+DRIFTS: dict[str, dict] = {
+    "none": {"drift": 0.0},
+    "half": {"drift": 0.5, "stagewise": False},
+    "full": {"drift": 1.0, "stagewise": True},
+}
+# What a calibration token counts for in H (ptq.calibrate.importance).
+IMPORTANCES = ("none", "text", "sampled")
+
+
+def settings_of(case: str) -> dict:
+    """What an effort sets, or a case METHOD-RULE-IMPORTANCE[-half|-full][-rows][-frozen]: method, what `EFFORTS` names, frozen, and
+    `effort`, "" where the case is none.  Raises ValueError for neither."""
+    if case in EFFORTS:
+        return {"method": "gptq", **EFFORTS[case], "frozen": False, "effort": case}
+    method, rule, importance, *more = [*case.split("-"), "", ""]
+    drift = next((word for word in more if word in DRIFTS), "none")
+    fits = method in METHODS and rule in RULES and importance in IMPORTANCES
+    if not fits or set(more) - {"", "rows", "frozen", *DRIFTS}:
+        raise ValueError(
+            f"no such case: {case!r}; write {' | '.join(EFFORTS)}, or METHOD-RULE-IMPORTANCE[-half|-full][-rows][-frozen] with "
+            f"METHOD {' | '.join(METHODS)}, RULE {' | '.join(RULES)} and IMPORTANCE {' | '.join(IMPORTANCES)}"
+        )
+    chosen = {"rule": rule, "token_importance": importance, "drift": drift, "row_feedback": "rows" in more}
+    frozen = "frozen" in more
+    known = method == "gptq" and not frozen
+    effort = next((name for name, settings in EFFORTS.items() if known and settings == chosen), "")
+    return {"method": method, **chosen, "frozen": frozen, "effort": effort}
+
+
+def make_recipe(format: Format, settings: Mapping[str, Any], damp: float = 0.01, **more: Any) -> Recipe:
+    """What `settings` say by the names of `settings_of`: method, rule, token_importance, drift, row_feedback, and frozen if there.
+
+    `more`: other fields of Recipe.  Raises ValueError where they do not fit each other.
+    """
+    if settings["row_feedback"] and settings["token_importance"] == "none":
+        raise ValueError("row feedback needs the backward pass of token importance text or sampled, and it is none")
+    chosen = DRIFTS[settings["drift"]] | {"row_feedback": settings["row_feedback"], "frozen": settings.get("frozen", False)}
+    return Recipe(format, settings["method"], settings["rule"], damp, **(chosen | more))
