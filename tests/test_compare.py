@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from ptq.run.config import QuantConfig
 
 from ptq.core.formats import NVFP4
 from ptq.models.adapter import ModelAdapter
-from ptq.run.loop import quantize_model
+from ptq.run.loop import Calibration, quantize_model
+from ptq.run.recipe import Recipe
 from ptq.run.shared_hessians import quantize_from, store_hessians
 
 from .test_evaluate import module_of
@@ -29,11 +29,11 @@ def batches() -> list[torch.Tensor]:
 def test_the_first_layer_is_the_sequential_runners_and_the_others_see_the_original(tmp_path):
     model = tiny_model()
     store_hessians(ModelAdapter(model), batches(), {"none": None}, tmp_path)
-    config = QuantConfig(NVFP4, "gptq", "local")
+    config = Recipe(NVFP4, "gptq", "local")
     shared, sequential = copy.deepcopy(model), copy.deepcopy(model)
-    names = [name for name, _ in quantize_from(ModelAdapter(shared), tmp_path, "none", config)]
+    names = [record.name for record, _ in quantize_from(ModelAdapter(shared), tmp_path, "none", config)]
     assert len(names) == 14 and len(set(names)) == 14
-    for _ in quantize_model(ModelAdapter(sequential), batches(), config):
+    for _ in quantize_model(ModelAdapter(sequential), config, Calibration(batches())):
         pass
     first, second = ({k: v for k, v in shared.state_dict().items() if f"layers.{i}." in k} for i in (0, 1))
     theirs = sequential.state_dict()
@@ -42,7 +42,7 @@ def test_the_first_layer_is_the_sequential_runners_and_the_others_see_the_origin
     partly = copy.deepcopy(model)  # the second layer quantized alone has the Hessians of the original
     partly.model.layers[1].load_state_dict(shared.model.layers[1].state_dict())
     again = copy.deepcopy(model)
-    seen = dict(quantize_from(ModelAdapter(again), tmp_path, "none", config))
+    seen = {record.name: q for record, q in quantize_from(ModelAdapter(again), tmp_path, "none", config)}
     weight = partly.model.layers[1].mlp.up_proj.weight
     assert torch.equal(seen["model.layers.1.mlp.up_proj"].dequantize(), weight)
 
@@ -107,9 +107,9 @@ def test_cases_with_drift_run_alone_beside_those_that_share_hessians(script, job
     assert script.main(alone) == 0
     again = json.loads((folder / "alone" / f"nvfp4-{cases[1]}.json").read_text())
     assert again["text"] == results[cases[1]]["text"]
-    config = QuantConfig(NVFP4, "gptq", "local", drift=1.0)
+    config = Recipe(NVFP4, "gptq", "local", drift=1.0)
     case = script.parse_case("nvfp4", cases[1], script.parse_arguments(alone))
-    assert case.config == config and case.sequential
+    assert case.recipe == config and case.sequential
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_cases_with_drift_run_alone_beside_those_that_share_hessians(script, job
     [
         (["--cases", "gptq-local"], "no such case: 'gptq-local'; write fast"),
         (["--cases", "gptq-local-none-ful"], "no such case: 'gptq-local-none-ful'; write fast"),
-        (["--cases", "gptq-local-none-rows"], "row feedback needs the backward pass of token weights text or sampled"),
+        (["--cases", "gptq-local-none-rows"], "row feedback needs the backward pass of token importance text or sampled"),
         (["--cases", "rtn-joint-none"], "scale rule 'joint' follows GPTQ's error feedback"),
         (["--formats", "int4"], "which blocks of 128 do not divide"),
         (["--text", "nowhere.txt"], "is not there"),

@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ptq.run.config import DRIFTS, QuantConfig
 
-from ptq.calibrate.collect import look
 from ptq.calibrate.drift import Drift
 from ptq.calibrate.hessian import Hessian
+from ptq.calibrate.observe import Observed, run_and_observe
 from ptq.calibrate.validation import Validation
 from ptq.models.adapter import ModelAdapter
 from ptq.models.families import FAMILIES
-from ptq.run.loop import quantize_model
+from ptq.run.loop import Calibration, quantize_model
+from ptq.run.recipe import Recipe
+from ptq.run.settings import DRIFTS
 from ptq.runtime.hooks import observe_outputs
 
 from .test_runner import tokens
@@ -79,18 +80,28 @@ def test_dead_inputs_are_left_alone():
 def test_the_writers_outputs_are_what_they_leave_in_the_stream(family):
     adapter = ModelAdapter(tiny_model(family))
     hidden = adapter.embed(tokens(2))
-    (_, layer), *_ = adapter.layers()
+    layer, *_ = adapter.layers()
+    plan = adapter.plan(layer)
     between: list[torch.Tensor] = []
-    handle = layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: between.append(args[0]))
+    handle = layer.module.post_attention_layernorm.register_forward_pre_hook(lambda _, args: between.append(args[0]))
     with torch.no_grad():
         output = adapter.forward(layer, hidden)
-        together = look(adapter, layer, ["self_attn.q_proj", *adapter.writers], hidden)
-        for local, after in zip(adapter.writers, (between[0], output), strict=True):
-            alone = look(adapter, layer, [local], hidden)
-            assert torch.equal(alone.inputs[local], together.inputs[local])
-            assert torch.equal(alone.outputs[local], after) and torch.equal(together.outputs[local], after)
+        together = observed(adapter, layer, ["self_attn.q_proj", *plan.residual], hidden)
+        for local, after in zip(plan.residual, (between[0], output), strict=True):
+            alone = observed(adapter, layer, [local], hidden)
+            assert torch.equal(alone[local].x, together[local].x)
+            for seen in (alone, together):
+                stream = seen[local].stream
+                assert stream is not None and torch.equal(stream, after)
     handle.remove()
-    assert list(together.inputs) == ["self_attn.q_proj", *adapter.writers] and list(together.outputs) == list(adapter.writers)
+    assert list(together) == ["self_attn.q_proj", *plan.residual] and together["self_attn.q_proj"].stream is None
+
+
+def observed(adapter, layer, names, hidden) -> dict[str, Observed]:
+    seen: dict[str, Observed] = {}
+    plan = adapter.plan(layer)
+    run_and_observe(adapter, layer, plan, names, hidden, lambda one: seen.update({one.name: one}), streams=True)
+    return seen
 
 
 @pytest.mark.parametrize("how", ["half", "full"])
@@ -100,7 +111,7 @@ def test_the_model_comes_closer_to_the_original(method, rule, how):
     distances = []
     for drift in ("none", how):
         model = copy.deepcopy(original)
-        list(quantize_model(ModelAdapter(model), batches, QuantConfig(method=method, rule=rule, **DRIFTS[drift])))
+        list(quantize_model(ModelAdapter(model), Recipe(method=method, rule=rule, **DRIFTS[drift]), Calibration(batches)))
         with torch.no_grad():
             outputs = [torch.cat([m.get_decoder()(b).last_hidden_state for b in batches]) for m in (original, model)]
         distances.append(float((outputs[0] - outputs[1]).norm()))
@@ -122,7 +133,7 @@ def test_nothing_of_a_finished_layer_waits_for_the_garbage_collector(monkeypatch
     gc.collect()
     gc.disable()
     try:
-        list(quantize_model(ModelAdapter(model), tokens().split(2), QuantConfig(drift=1.0)))
+        list(quantize_model(ModelAdapter(model), Recipe(drift=1.0), Calibration(tokens().split(2))))
         assert len(copies) >= 3 and not [one for one in copies if one() is not None]
     finally:
         gc.enable()
@@ -131,7 +142,7 @@ def test_nothing_of_a_finished_layer_waits_for_the_garbage_collector(monkeypatch
 def test_validation_errors_are_those_of_the_outputs():
     original, validation = tiny_model(), tokens(3)
     model = copy.deepcopy(original)
-    results = quantize_model(ModelAdapter(model), tokens().split(2), QuantConfig(drift=1.0), validation=validation)
+    results = quantize_model(ModelAdapter(model), Recipe(drift=1.0), Calibration(tokens().split(2), validation=validation))
     records = {record.name: record.validation_error for record, _ in results}
     name = "model.layers.1.mlp.up_proj"
     outputs = []
@@ -144,14 +155,17 @@ def test_validation_errors_are_those_of_the_outputs():
 
 def test_an_unchanged_layer_has_no_validation_error():
     adapter = ModelAdapter(tiny_model())
-    watch = Validation(adapter, tokens(2))
-    for _, layer in adapter.layers():
-        watch.before(layer)
-        assert set(watch.after(layer).values()) == {0.0}
+    whole, by_one = Validation(adapter, tokens(3), batch=3), Validation(adapter, tokens(3), batch=1)
+    for layer in adapter.layers():
+        changed = replace(layer, module=copy.deepcopy(layer.module))
+        changed.module.mlp.down_proj.weight.data *= 1.01
+        assert set(whole.measure(layer, layer, adapter.plan(layer)).values()) == {0.0}
+        errors = by_one.measure(layer, changed, adapter.plan(layer))
+        assert errors["mlp.down_proj"] > 0.009
 
 
 def test_settings_that_make_no_sense_are_refused():
-    config = QuantConfig()
+    config = Recipe()
     with pytest.raises(ValueError, match=r"drift is the share .* 0 to 1, not 1.5"):
         replace(config, drift=1.5)
     with pytest.raises(ValueError, match=r"drift 0\.6 from one pass a layer diverges; take at most 0\.5"):
@@ -161,4 +175,4 @@ def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="row feedback is part of method gptq"):
         replace(config, method="rtn", row_feedback=True)
     with pytest.raises(ValueError, match="row feedback needs the curvature"):
-        next(quantize_model(ModelAdapter(tiny_model()), tokens().split(2), replace(config, row_feedback=True)))
+        next(quantize_model(ModelAdapter(tiny_model()), replace(config, row_feedback=True), Calibration(tokens().split(2))))

@@ -6,12 +6,14 @@ import re
 
 import pytest
 import torch
-from ptq.run.config import DRIFTS, QuantConfig
 
-from ptq.cost.estimate import floor_seconds, memory, operations, seconds, shape_of
-from ptq.export.checkpoint import existing_parent
+from ptq.cost.estimate import floor_seconds, memory, seconds
+from ptq.cost.shape import operations, shape_of
+from ptq.export.files import existing_parent
 from ptq.models.random import random_adapter, shape_config
 from ptq.run.plan import make_plan
+from ptq.run.recipe import Recipe
+from ptq.run.settings import DRIFTS
 
 from .conftest import ROOT
 from .test_script import main  # noqa: F401  # a fixture
@@ -30,8 +32,8 @@ NAMED = ("commit", "shape", "layers", "sequences", "gpus", "rule", "token_import
 
 def shape(name, layers, sequences=128, length=2048, importance="sampled", drift="none", rows=False):
     adapter = random_adapter(shape_config(name, layers), torch.device("cpu"))
-    config = QuantConfig(rule="joint", row_feedback=rows, **DRIFTS[drift])
-    return shape_of(make_plan(adapter, config), adapter, sequences, length, config, importance)
+    config = Recipe(rule="joint", row_feedback=rows, **DRIFTS[drift])
+    return shape_of(make_plan(adapter, config), adapter, sequences, length, importance)
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: "-".join(row[key] for key in NAMED))

@@ -2,53 +2,59 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
-from ptq.run.config import QuantConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from ptq.core.formats import INT4_G128, MXFP4, NVFP4
+from ptq.core.formats import INT4_G128, MXFP4, NVFP4, Format
 from ptq.core.packing import pack_int32
 from ptq.export.checkpoint import (
     ReadBackError,
     check_layer,
-    check_output,
     layer_tensors,
-    save_durably,
-    save_tensors,
     shard_name,
     verify,
     write_rest,
 )
+from ptq.export.compressed_tensors import CompressedTensors
+from ptq.export.files import check_output, save_durably, save_tensors
 from ptq.models.adapter import ModelAdapter
 from ptq.models.families import FAMILIES
-from ptq.run.loop import quantize_layers
+from ptq.run.loop import Calibration, quantize_layers
 from ptq.run.plan import make_plan
+from ptq.run.recipe import Recipe
 
 from .tiny import tiny_model, tiny_tokenizer
 
+LAYOUT = CompressedTensors()
 INT4 = replace(INT4_G128, block=32)
 FORMATS = [NVFP4, MXFP4, INT4]
 TOKENS = torch.randint(0, 64, (6, 64), generator=torch.Generator().manual_seed(4))
 
 
 def export(folder, family="llama", dtype=torch.float32, format=NVFP4, ignore=(), **changes):
-    """The adapter of a quantized model, whose checkpoint is in `folder`."""
+    """The adapter of a quantized model whose checkpoint is in `folder`, and the formats of its linears; `format` or rules."""
     model = tiny_model(family, dtype, **changes)
     model.generation_config = GenerationConfig(max_new_tokens=7)
-    config = QuantConfig(format, "gptq", "mse", ignore=ignore)
     adapter = ModelAdapter(model)
-    plan = make_plan(adapter, config)
-    for done in quantize_layers(adapter, TOKENS.split(3), config, plan):
-        name, path = adapter.names[done.index], folder / shard_name(done.index, len(adapter.names))
-        save_tensors(path, layer_tensors(name, done.layer, done.quantized))
-        check_layer(path, name, done.layer, format)
-    write_rest(folder, adapter, tiny_tokenizer(), format, plan.ignored)
-    return adapter
+    rules = Recipe(format, "gptq", "mse") if isinstance(format, Format) else format
+    plan = make_plan(adapter, rules, ignore)
+    for done in quantize_layers(adapter, plan, Calibration(TOKENS.split(3))):
+        path = folder / shard_name(done.layer.index, len(adapter.names))
+        save_tensors(path, layer_tensors(done.layer, done.quantized, LAYOUT))
+        check_layer(path, done.layer, plan.formats, LAYOUT)
+    write_rest(folder, adapter, tiny_tokenizer(), plan.formats, LAYOUT, plan.ignored)
+    return adapter, plan.formats
+
+
+def read_back(folder, exported, layers=None):
+    adapter, formats = exported
+    return verify(folder, adapter, TOKENS, formats, LAYOUT, layers)
 
 
 def stored(folder):
@@ -58,7 +64,7 @@ def stored(folder):
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_it_back_bit_for_bit(tmp_path, family, format):
-    assert verify(tmp_path, export(tmp_path, family, format=format), TOKENS, format) == 0
+    assert read_back(tmp_path, export(tmp_path, family, format=format)) == 0
 
 
 @pytest.mark.parametrize(
@@ -66,7 +72,40 @@ def test_transformers_reads_it_back_bit_for_bit(tmp_path, family, format):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_variants_read_back_bit_for_bit(tmp_path, dtype, changes):
-    assert verify(tmp_path, export(tmp_path, dtype=dtype, **changes), TOKENS, NVFP4) == 0
+    assert read_back(tmp_path, export(tmp_path, dtype=dtype, **changes)) == 0
+
+
+def test_formats_by_linear_read_back_bit_for_bit(tmp_path):
+    """Later rules win; transformers reads each linear in its own format."""
+    rules = [
+        ("re:.*", Recipe(NVFP4, "gptq", "mse")),
+        ("re:.*self_attn", Recipe(MXFP4, "rtn", "local")),
+        ("re:.*mlp.down_proj", Recipe(INT4, "gptq", "joint")),
+        ("model.layers.1.mlp.down_proj", None),
+    ]
+    exported = export(tmp_path, format=rules)
+    assert read_back(tmp_path, exported) == 0
+    assert {name.split(".", 3)[3]: format.name for name, format in exported[1].items() if ".0." in name} == {
+        **dict.fromkeys((f"self_attn.{x}_proj" for x in "qkvo"), "mxfp4"),
+        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "nvfp4"),
+        "mlp.down_proj": "int4",
+    }
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision" and len(config["config_groups"]) == 3
+    assert config["ignore"] == ["lm_head", "model.layers.1.mlp.down_proj"]
+
+
+@pytest.mark.parametrize(
+    "pattern, message",
+    [
+        ("re:.*q_proj", "q_proj is to be int4 by gptq with local and model.layers.0.self_attn.k_proj nvfp4 by gptq with local"),
+        ("re:.*gate_proj", "serving engines fuse mlp.gate_proj, mlp.up_proj and need one scheme for all: give them one recipe"),
+        ("re:.*nothing", "rule 're:.*nothing' matches no linear"),
+    ],
+)
+def test_rules_that_split_what_engines_fuse_are_refused(pattern, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_plan(ModelAdapter(tiny_model()), [("re:.*", Recipe()), (pattern, Recipe(INT4))])
 
 
 def test_dense_tensors_of_a_bfloat16_model_are_bit_identical(tmp_path):
@@ -113,7 +152,7 @@ def test_one_file_a_layer_and_an_index_of_all(tmp_path):
 
 
 def test_the_first_layers_alone_can_be_verified(tmp_path):
-    assert verify(tmp_path, export(tmp_path, num_hidden_layers=3), TOKENS, NVFP4, layers=2) == 0
+    assert read_back(tmp_path, export(tmp_path, num_hidden_layers=3), layers=2) == 0
 
 
 def test_the_checkpoint_generates(tmp_path):
@@ -123,17 +162,17 @@ def test_the_checkpoint_generates(tmp_path):
 
 
 def test_reading_back_sees_a_changed_scale_and_a_missing_tensor(tmp_path):
-    adapter = export(tmp_path)
+    adapter, formats = export(tmp_path)
     path = tmp_path / shard_name(0, 2)
     tensors = load_file(path)
     tensors["model.layers.0.mlp.down_proj.weight_global_scale"] *= 2
     save_tensors(path, tensors)
     with pytest.raises(ReadBackError, match=r"model.layers.0.mlp.down_proj differs"):
-        check_layer(path, "model.layers.0", next(adapter.layers())[1], NVFP4)
+        check_layer(path, next(adapter.layers()), formats, LAYOUT)
     del tensors["model.layers.0.mlp.down_proj.weight_scale"]
     save_tensors(path, tensors)
     with pytest.raises(ReadBackError, match="does not read back: missing_keys"):
-        verify(tmp_path, adapter, TOKENS, NVFP4)
+        verify(tmp_path, adapter, TOKENS, formats, LAYOUT)
 
 
 def test_an_existing_output_is_refused(tmp_path):

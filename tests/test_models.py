@@ -17,27 +17,42 @@ def test_replaying_the_layers_gives_the_models_logits(family, dtype):
     adapter, tokens = ModelAdapter(model), torch.randint(0, 64, (3, 50))
     hidden = adapter.embed(tokens)
     names = []
-    for name, layer in adapter.layers():
+    for layer in adapter.layers():
         hidden = adapter.forward(layer, hidden)
-        names.append(name)
-        for stage in adapter.stages:
-            inputs = {layer.get_submodule(linear).in_features for linear in stage}
-            assert len(inputs) == 1
+        names.append(layer.name)
+        for group in adapter.plan(layer).groups:
+            assert len({layer.linear(name).in_features for name in group}) == 1
     assert names == ["model.layers.0", "model.layers.1"]
     assert torch.equal(adapter.logits(hidden), model(tokens).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stages_name_every_linear_of_a_layer(family):
-    layer = tiny_model(family).model.layers[0]
-    linears = {name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert linears == {name for stage in FAMILIES[family] for name in stage}
+def test_groups_hold_every_linear_of_a_layer_once_and_the_family_names_linears_that_are_there(family):
+    adapter = ModelAdapter(tiny_model(family))
+    layer = next(adapter.layers())
+    linears = {name for name, module in layer.module.named_modules() if isinstance(module, torch.nn.Linear)}
+    plan = adapter.plan(layer)
+    grouped = [name for group in plan.groups for name in group]
+    assert set(grouped) == linears and len(grouped) == len(linears)
+    assert all(any(set(fused) <= set(group) for group in plan.groups) for fused in plan.fused)
+    assert plan.fused == FAMILIES[family].fused and plan.residual == FAMILIES[family].residual
 
 
-def test_sequences_beyond_a_sliding_window_are_refused():
-    adapter = ModelAdapter(tiny_model("mistral", sliding_window=32))
-    with pytest.raises(ValueError, match="50 tokens exceed the model's sliding window; use at most 32"):
-        adapter.embed(torch.zeros(1, 50, dtype=torch.int64))
+@torch.no_grad()
+def test_eager_attention_and_a_sliding_window_are_the_models_own():
+    """Longer than the window; and eager attention has no causal mask but the one it is given."""
+    tokens = torch.randint(0, 64, (3, 50))
+    for implementation in ("eager", "sdpa"):
+        model = tiny_model("mistral", sliding_window=16, attn_implementation=implementation)
+        adapter = ModelAdapter(model)
+        hidden = adapter.embed(tokens)
+        for layer in adapter.layers():
+            hidden = adapter.forward(layer, hidden)
+        assert torch.equal(adapter.logits(hidden), model(tokens).logits)
+        hidden = adapter.embed(tokens[:1, :30])  # another number of sequences, another length
+        for layer in adapter.layers():
+            hidden = adapter.forward(layer, hidden)
+        assert torch.equal(adapter.logits(hidden), model(tokens[:1, :30]).logits)
 
 
 def test_unsupported_types_list_the_supported_ones(tmp_path):

@@ -178,25 +178,27 @@ def test_babyllama_loses_half_as_much_as_rtn(main, shared, tmp_path):
 @torch.no_grad()
 def test_smollm2_loads_from_gguf_and_reads_back(tmp_path: Path):
     """The first two layers of a real model, real text, real checkpoint."""
-    from ptq.run.config import QuantConfig
-
     from ptq.core.formats import NVFP4
     from ptq.data.text import all_windows, read_documents
-    from ptq.export.checkpoint import layer_tensors, save_tensors, shard_name, verify, write_rest
+    from ptq.export.checkpoint import layer_tensors, shard_name, verify, write_rest
+    from ptq.export.compressed_tensors import CompressedTensors
+    from ptq.export.files import save_tensors
     from ptq.models.adapter import ModelAdapter
     from ptq.models.loading import load_model
-    from ptq.run.loop import quantize_layers
+    from ptq.run.loop import Calibration, quantize_layers
     from ptq.run.plan import make_plan
+    from ptq.run.recipe import Recipe
 
     model, tokenizer = load_model(str(SMOLLM2))
     del model.model.layers[2:]
     model.config.num_hidden_layers, model.config.layer_types = 2, None
     text = " ".join(read_documents("builtin"))[:20_000]
     windows = all_windows(lambda text: tokenizer(text)["input_ids"], [text], 256, "builtin")[:8]  # type: ignore[arg-type]
-    adapter, config = ModelAdapter(model), QuantConfig(NVFP4, "gptq", "mse")
-    for done in quantize_layers(adapter, windows.split(4), config, make_plan(adapter, config)):
+    adapter, layout = ModelAdapter(model), CompressedTensors()
+    plan = make_plan(adapter, Recipe(NVFP4, "gptq", "mse"))
+    for done in quantize_layers(adapter, plan, Calibration(windows.split(4))):
         assert all(r.error is not None and r.rtn_error is not None and r.error < r.rtn_error for r in done.records)
-        tensors = layer_tensors(adapter.names[done.index], done.layer, done.quantized)
+        tensors = layer_tensors(done.layer, done.quantized, layout)
         save_tensors(tmp_path / shard_name(done.index, 2), tensors)
-    write_rest(tmp_path, adapter, tokenizer, NVFP4)
-    assert verify(tmp_path, adapter, windows[:1, :64], NVFP4) == 0
+    write_rest(tmp_path, adapter, tokenizer, plan.formats, layout)
+    assert verify(tmp_path, adapter, windows[:1, :64], plan.formats, layout) == 0

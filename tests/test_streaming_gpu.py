@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from ptq.run.config import QuantConfig
 from transformers import LlamaConfig
 
 from ptq.calibrate.activations import embed_all, propagate
-from ptq.calibrate.collect import collect_hessians
+from ptq.calibrate.collect import Original, Stream, collect_part
 from ptq.calibrate.importance import descend, token_importance
 from ptq.models.random import random_adapter
-from ptq.run.loop import quantize_model, stages_of
-from ptq.run.plan import make_plan
+from ptq.run.loop import Calibration, quantize_model
+from ptq.run.recipe import Recipe
+from ptq.runtime.distributed import Ranks
 
 pytestmark = pytest.mark.gpu
 
@@ -32,15 +32,18 @@ def test_no_loop_over_batches_waits_for_the_device():
     tokens = TOKENS.cuda()
     for on_host in (False, True):
         hidden = embed_all(adapter, tokens.split(4), on_host)
-        (prefix, layer), *_ = part = list(adapter.layers())
-        stages = stages_of(adapter, prefix, layer, make_plan(adapter, QuantConfig()))
-        weights = {next(iter(stage)): torch.rand(16, 128, device="cuda") for stage in stages}
+        layer, *_ = part = list(adapter.layers())
+        plan = adapter.plan(layer)
+        weights = {layer.full_name(group[0]): torch.rand(16, 128, device="cuda") for group in plan.groups}
+        original = Original(layer, hidden.copy(on_host), hidden.empty_like(on_host))
         adapter.logits(hidden.load(slice(0, 1)))  # reads the head
         propagate(adapter, layer, hidden, "forward")  # first calls may set libraries up
         descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, None, 0, 0)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            collect_hessians(adapter, layer, stages, hidden, weights, hidden.groups)
+            for beside in (None, original):
+                stream = Stream(hidden, Ranks(), 16, weights, beside)
+                collect_part(adapter, layer, plan, plan.groups, hidden.groups, stream)
             propagate(adapter, layer, hidden, "forward")
             descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, None, 0, 0)
         finally:
@@ -54,5 +57,5 @@ def test_hidden_states_on_the_host_change_nothing():
     for name, weights in here.items():
         # the backward pass of attention adds in no fixed order, in bfloat16
         assert torch.allclose(torch.cat(weights), torch.cat(there[name]), rtol=0.1, atol=1e-2 * float(torch.cat(weights).max()))
-    done = [dict((r.name, q.codes) for r, q in quantize_model(adapter, batches, QuantConfig(), here)) for _ in range(2)]
+    done = [dict((r.name, q.codes) for r, q in quantize_model(adapter, Recipe(), Calibration(batches, here))) for _ in range(2)]
     assert all(torch.equal(codes, done[1][name]) for name, codes in done[0].items())

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from ptq.run.config import QuantConfig
 from torch import nn
 
 from ptq.calibrate.hessian import Hessian
 from ptq.calibrate.importance import token_importance
 from ptq.models.adapter import ModelAdapter
-from ptq.run.loop import quantize_model
+from ptq.run.loop import Calibration, quantize_model
+from ptq.run.recipe import Recipe
 from ptq.runtime.hooks import observe_outputs
 
 from .tiny import tiny_model
@@ -25,7 +25,8 @@ def test_equal_one_backward_pass_through_the_whole_model():
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum")
     gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
     for layer in ("model.layers.0", "model.layers.1"):
-        for stage in ModelAdapter(model).stages:
+        adapter = ModelAdapter(model)
+        for stage in adapter.plan(next(adapter.layers())).groups:
             expected = sum(gradients[f"{layer}.{name}"].square().sum(-1) for name in stage)
             ours = torch.cat(weights[f"{layer}.{stage[0]}"])
             # two orders of float32 sums through two layers
@@ -61,12 +62,12 @@ def test_weighted_hessian_is_the_weighted_mean():
 
 def test_weights_reach_the_solve():
     """Tokens of weight zero might as well not be there."""
-    config = QuantConfig(rule="local")
+    config = Recipe(rule="local")
     parts = TOKENS.split(2)
     ones = token_importance(ModelAdapter(tiny_model()), parts)
     first_only = {name: [torch.ones(2, 24), torch.zeros(2, 24)] for name in ones}
-    weighted = [q.codes for _, q in quantize_model(ModelAdapter(tiny_model()), parts, config, first_only)]
-    alone = [q.codes for _, q in quantize_model(ModelAdapter(tiny_model()), parts[:1], config)]
+    weighted = [q.codes for _, q in quantize_model(ModelAdapter(tiny_model()), config, Calibration(parts, first_only))]
+    alone = [q.codes for _, q in quantize_model(ModelAdapter(tiny_model()), config, Calibration(parts[:1]))]
     assert all(torch.equal(a, b) for a, b in zip(weighted, alone, strict=True))
 
 

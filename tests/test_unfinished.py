@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ptq.run.config import QuantConfig
 
 from ptq.export.checkpoint import write_rest
+from ptq.export.compressed_tensors import CompressedTensors
 from ptq.models.adapter import ModelAdapter
 from ptq.models.loading import load_model, open_model
 from ptq.run.job import Job, do_layers
 from ptq.run.plan import make_plan
+from ptq.run.recipe import Recipe
 from ptq.run.resume import Unfinished, differences, fingerprint, unfinished_folder
 from ptq.runtime.distributed import Ranks
 
@@ -31,11 +32,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def quantize(adapter, tokenizer, output: Path) -> None:
-    config = QuantConfig(rule="joint", drift=1.0)
-    job = Job(adapter, config, make_plan(adapter, config), TOKENS, torch.device("cpu"), batch=3)
+    config = Recipe(rule="joint", drift=1.0)
+    job = Job(adapter, make_plan(adapter, config), CompressedTensors(), TOKENS, torch.device("cpu"), batch=3)
     unfinished = Unfinished(output, {}, len(adapter.names), resume=False)
     do_layers(job, unfinished, Ranks())
-    write_rest(unfinished.checkpoint, adapter, tokenizer, config.format)
+    write_rest(unfinished.checkpoint, adapter, tokenizer, job.plan.formats, job.layout)
     unfinished.finish()
 
 
@@ -99,10 +100,10 @@ def test_every_effort_goes_on_to_the_same_bytes(main, tmp_path, job, options, mo
     """The disk is full when the second of three layers is written."""
     output, write = tmp_path / "out", Unfinished.write_layer
 
-    def full(self, prefix, done, *arguments):
-        if done.index == 1:
+    def full(self, done, *arguments):
+        if done.layer.index == 1:
             raise OSError(28, "No space left on device")
-        write(self, prefix, done, *arguments)
+        write(self, done, *arguments)
 
     arguments = [*job, *options, "--device", "cpu", "--output"]
     with monkeypatch.context() as patch:

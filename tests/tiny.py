@@ -23,8 +23,9 @@ TEXT = " ".join(WORDS[(i * i + 3 * i) % len(WORDS)] for i in range(3000))
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
     torch.manual_seed(1)
+    attention = changes.pop("attn_implementation", "sdpa")
     config = AutoConfig.for_model(family, **(SIZES | changes))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return model.eval()
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ptq.core.formats import Format, decode_scales, encode_scales
 from ptq.core.packing import Quantized, pack, pack_int32, unpack
@@ -40,6 +39,7 @@ def pack_int4(quantized: Quantized) -> dict[str, Tensor]:
     return {"weight_packed": pack_int32(quantized.codes), "weight_scale": scales, "weight_shape": shape}
 
 
+INDEX = "model.safetensors.index.json"
 FLOAT = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
 SCHEMES = {
     "nvfp4-pack-quantized": (pack_nvfp4, FLOAT | {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}),
@@ -80,7 +80,7 @@ class CompressedTensors:
             with path.open("rb") as raw:  # what follows the header is the tensors
                 size += path.stat().st_size - 8 - int.from_bytes(raw.read(8), "little")
         index = {"metadata": {"total_size": size}, "weight_map": files}
-        save_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        save_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def quantization_config(formats: Mapping[str, Format], ignored: tuple[str, ...]) -> dict:

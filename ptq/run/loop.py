@@ -86,7 +86,8 @@ def quantize_layers(
 ) -> Iterator[LayerResult]:
     """Quantizes layer by layer, each as the adapter gives it; what `quantize_model` says holds here.
 
-    Layers before `finished` are restored from disk by `restore`, which returns the batch size they were calibrated with.
+    Layers before `finished` are not quantized but restored from disk by `restore`, which returns the batch size they were
+    calibrated with.
     `sums_of`: where sums come from if not from the calibration's tokens (ptq.run.shared_hessians).
     """
     check_calibration(plan, calibration, sums_of)
@@ -96,7 +97,7 @@ def quantize_layers(
         loop.begin(layer)
         if layer.index < finished:
             assert restore
-            yield loop.restore(layer, restore)
+            loop.restore(layer, restore)
         else:
             yield loop.quantize(layer)
         loop.advance(layer)
@@ -149,14 +150,13 @@ class LayerLoop:
             assert self.original
             self.stream.original = Original(self.original, *self.beside)
 
-    def restore(self, layer: Layer, restore: Callable[[Layer], int]) -> LayerResult:
+    def restore(self, layer: Layer, restore: Callable[[Layer], int]) -> None:
         """Makes the layer what it was after it had been quantized."""
         assert self.stream
         self.stream.hidden.batch = restore(layer)
         if self.stream.original:
             self.stream.original.hidden.batch = self.stream.hidden.batch
         self.validate(layer)
-        return LayerResult(layer, self.stream.hidden.batch)
 
     def quantize(self, layer: Layer) -> LayerResult:
         result = LayerResult(layer, self.stream.hidden.batch if self.stream else 0)
