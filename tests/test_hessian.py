@@ -64,6 +64,15 @@ def test_weighted_tokens_on_a_gpu(dtype, block):
     assert ((hessian.mean().cpu() - exact).abs() <= rounding * magnitude).all()
 
 
+@pytest.mark.parametrize("shape", [(48, 48), (3, 16, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_damping_has_the_bits_of_its_formula_and_leaves_its_argument_alone(shape, dtype):
+    H = torch.randn(shape, dtype=dtype)
+    before = H.clone()
+    expected = H + 0.01 * H.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(shape[-1], dtype=dtype)
+    assert torch.equal(damped(H, 0.01), expected) and torch.equal(H, before)
+
+
 @pytest.mark.parametrize("n", [1, 48, 1500])
 def test_inverse_factor(n):
     """1500 columns are factored and inverted by halves."""

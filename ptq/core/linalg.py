@@ -74,8 +74,10 @@ def lower_multiply_into(C: Tensor, B: Tensor, out: Tensor, strip: int) -> None:
 
 def damped(H: Tensor, damp: float) -> Tensor:
     """H + damp · mean(diag H) · I.  H (d_in, d_in), or diagonal blocks (b, k, k), whose mean is over all blocks."""
-    amount = damp * H.diagonal(dim1=-2, dim2=-1).mean()
-    return H + amount * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    A = H.clone()
+    A.diagonal(dim1=-2, dim2=-1).add_(damp * diagonal.mean())
+    return A
 
 
 def inverse_factor(A: Tensor) -> Tensor:
