@@ -30,6 +30,7 @@ from ptq.core.packing import Quantized
 from ptq.core.scales import choose_scales, round_with_feedback
 from ptq.kernels import sweep as kernels
 from ptq.methods.solution import Solution
+from ptq.runtime.checks import check_float32
 from ptq.runtime.clock import phase
 
 # Relative to mean(diag G).  Output gradients of neighbouring channels are less alike than inputs, and G is known less well than H.
@@ -57,8 +58,9 @@ def gptq(
     gradient of the loss at the outputs; rows are then visited by descending G_ii, `row_panel` at a time
     (without: `rows_at_once`).  `frozen`: scales are those of W, chosen before any error is fed forward, as
     other systems have it; for comparison, and in plain torch everywhere.  Computes in float64 if W is, else in float32.  Raises
-    NotPositiveDefiniteError where H + damp or G + damp has no Cholesky factor.
+    NotPositiveDefiniteError where H + damp or G + damp has no Cholesky factor, and ValueError as `check_float32`.
     """
+    check_float32()
     if H is None or H.dim() != 2:
         raise ValueError("method gptq needs the full Hessian H (d_in, d_in)")
     W = W if W.dtype == torch.float64 else W.float()

@@ -23,6 +23,7 @@ from ptq.run.config import QuantConfig
 from ptq.run.plan import Plan, make_plan
 from ptq.run.solve import Numbers, Record, Solved, make_record, share_solved, solve_stage
 from ptq.runtime.adapter import Adapter
+from ptq.runtime.checks import check_float32
 from ptq.runtime.clock import phase
 from ptq.runtime.distributed import Ranks, shard_rows
 
@@ -79,6 +80,7 @@ def quantize_layers(
     `batches` and `token_importance` are those of this rank of the `ranks`.  The first `finished` layers are not quantized but made
     what they were by restore(index, layer), which returns the batch they ran with.
     """
+    check_float32()
     ranks = ranks or Ranks()
     if not batches and config.needs_calibration:
         raise ValueError(f"method {config.method} with scale rule {config.rule} needs calibration tokens")
