@@ -124,8 +124,8 @@ def floor_seconds(shape: Shape) -> float:
 
 
 def disk_bytes(shape: Shape) -> int:
-    """What lies beside the unfinished checkpoint: G of every linear in bfloat16."""
-    return 2 * shape.layers * shape.curvature
+    """What lies beside the unfinished checkpoint: the lower triangle of G of every linear in float32."""
+    return 4 * shape.layers * sum(d_out * (d_out + 1) // 2 for d_out, _ in shape.rows)
 
 
 def graph_bytes(shape: Shape) -> float:

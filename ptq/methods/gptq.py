@@ -35,6 +35,7 @@ from ptq.runtime.clock import phase
 
 # Relative to mean(diag G).  Output gradients of neighbouring channels are less alike than inputs, and G is known less well than H.
 DAMP_ROWS = 0.1
+REMEDY_ROWS = "more calibration tokens help, or leave row feedback out (--no-row-feedback)"
 
 
 def gptq(
@@ -97,7 +98,7 @@ def sweep_row_panels(
     panel p leaves the error Δ_p = x_p - Q_p, and the rows after it move by -V_p,laterᵀ V_pp⁻ᵀ Δ_p.
     """
     order = G.diagonal().argsort(descending=True, stable=True)
-    V = inverse_factor(damped(G.to(x.dtype), DAMP_ROWS)[order[:, None], order])
+    V = inverse_factor(damped(G.to(x.dtype), DAMP_ROWS)[order[:, None], order], name="G", remedy=REMEDY_ROWS)
     parts = []
     for start in range(0, len(x), row_panel):
         own, later = slice(start, start + row_panel), slice(start + row_panel, None)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import ptq
 from ptq.calibrate.importance import TokenImportance, to_keep
 from ptq.core.formats import Format
+from ptq.core.linalg import unpack_symmetric
 from ptq.export.checkpoint import check_layer, layer_tensors, restore_layer, save_tensors, save_text, shard_name
 from ptq.run.loop import LayerResult
 from ptq.run.solve import Record
@@ -166,7 +167,8 @@ class Unfinished:
 
 
 class Curvature(Mapping[str, Tensor]):
-    """G of each linear by full name, a file each, read when it is asked for: a model's may be more than its weights."""
+    """G of each linear by full name, a file each with its lower triangle, read when it is asked for: a model's may
+    be more than its weights."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -176,7 +178,7 @@ class Curvature(Mapping[str, Tensor]):
         save_tensors(self._folder / f"{name}.safetensors", {"G": to_keep(G)})
 
     def __getitem__(self, name: str) -> Tensor:
-        return load_file(self._folder / f"{name}.safetensors")["G"]
+        return unpack_symmetric(load_file(self._folder / f"{name}.safetensors")["G"])
 
     def __iter__(self) -> Iterator[str]:
         return (path.stem for path in sorted(self._folder.glob("*.safetensors")))
