@@ -44,7 +44,7 @@ from ptq.run.config import DRIFTS, EFFORTS, IMPORTANCES, QuantConfig, make_confi
 from ptq.run.job import Job, do_layers
 from ptq.run.loop import quantize_model
 from ptq.run.plan import make_plan, with_block
-from ptq.run.resume import Unfinished, fingerprint, unfinished_folder
+from ptq.run.resume import Unfinished, fingerprint, is_complete, unfinished_folder
 from ptq.run.solve import CertificateError, Record
 from ptq.run.summary import summary
 from ptq.runtime.distributed import init_process_group, local_device
@@ -130,7 +130,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict | str | None:
     """The whole job; returns the report, or the plan, or on ranks other than 0 None."""
     begin = time.perf_counter()
-    if args.output:
+    if args.output and not (args.resume and is_complete(args.output)):
         check_output(args.output, 0)
     if args.plan:
         return preview(args)
@@ -152,9 +152,12 @@ def run(args: argparse.Namespace) -> dict | str | None:
         if ranks.rank:
             return None
         # One process is enough for the rest, and compressed-tensors would wait for the others if the group were still there.
-        report = finish(args, job, tokenizer, eval_windows, unfinished)
-        report |= {"bytes": size, "seconds": time.perf_counter() - begin}
-        save_text(unfinished.checkpoint / "report.json", json.dumps(report, indent=1) + "\n")
+        if unfinished.complete:
+            report = json.loads((output / "report.json").read_text())
+        else:
+            report = finish(args, job, tokenizer, eval_windows, unfinished)
+            report |= {"bytes": size, "seconds": time.perf_counter() - begin}
+            save_text(unfinished.checkpoint / "report.json", json.dumps(report, indent=1) + "\n")
         unfinished.finish()
         return report
 
@@ -163,10 +166,9 @@ def preview(args: argparse.Namespace) -> str:
     """What `--plan` prints.  From the headers of the model's files; no weights and no text are read."""
     with quiet():
         adapter, _, _ = open_model(args.model, dtype=model_dtype(args), device="cpu")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
     return make_preview(
-        adapter, quantization(args), args.sequences, args.length, args.token_importance,
-        batch=args.batch, on_host=PLACES[args.activations], ranks=ranks, output=args.output or Path("output"),
+        adapter, quantization(args), args.sequences, args.length, args.token_importance, output=args.output or Path("output"),
+        batch=args.batch, on_host=PLACES[args.activations], ranks=int(os.environ.get("WORLD_SIZE", 1)),
     ).text()  # fmt: skip
 
 

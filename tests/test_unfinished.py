@@ -13,6 +13,7 @@ import torch
 from ptq.export.checkpoint import write_rest
 from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import load_model, open_model
+from ptq.run import resume
 from ptq.run.config import QuantConfig
 from ptq.run.job import Job, do_layers
 from ptq.run.plan import make_plan
@@ -130,6 +131,70 @@ def test_two_processes_cannot_write_to_one_output(tmp_path):
         Unfinished(tmp_path / "out", {}, 2, resume=True)
     first.close()
     assert not unfinished_folder(tmp_path / "out").exists()
+
+
+def test_an_empty_folder_is_removed_before_it_is_unlocked(tmp_path, monkeypatch):
+    """Else another process might lock it, and write, in between."""
+    first, remove, seen = Unfinished(tmp_path / "out", {}, 2, resume=False), shutil.rmtree, []
+
+    def look(folder):
+        with pytest.raises(ValueError, match="another process is writing"):
+            Unfinished(tmp_path / "out", {}, 2, resume=True)
+        seen.append(folder)
+        remove(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", look)
+    first.close()
+    assert seen == [unfinished_folder(tmp_path / "out")] and not seen[0].exists()
+
+
+def fail(*_args, **_kwargs):
+    raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("where", [(Path, "rename"), (shutil, "rmtree"), (Path, "rmdir")], ids=lambda where: where[1])
+def test_a_run_that_ends_while_it_finishes_is_finished_later(main, tmp_path, job, where, capsys, monkeypatch):  # noqa: F811
+    """Before the output has its name, before anything is cleared away, and when all but the folder itself is."""
+    output, finish, synced = tmp_path / "out", Unfinished.finish, []
+    arguments = [*job, "--device", "cpu", "--output", str(output)]
+    monkeypatch.setattr(resume, "sync", lambda path: synced.append(path.name))
+
+    def interrupted(self):
+        with monkeypatch.context() as patch:
+            patch.setattr(*where, fail)
+            finish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "finish", interrupted)
+        assert main(arguments) == 1
+    assert output.exists() == (where[1] != "rename")
+    assert {"tokenizer.json", "generation_config.json", "report.json", "checkpoint"} <= set(synced)
+    capsys.readouterr()
+    if where[1] == "rmdir":  # as after the last step
+        assert main([*arguments, "--resume"]) == 1
+        assert f"output {output} exists already" in capsys.readouterr().err
+        return
+    if where[1] == "rmtree":
+        assert main([*arguments, "--resume", "--seed", "1"]) == 1
+        assert "settings: seed was 0 and is 1" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert "21 linears" in capsys.readouterr().out
+    assert output.is_dir() and not unfinished_folder(output).exists()
+    assert main([*arguments[:-1], str(tmp_path / "again")]) == 0
+    assert contents(output) == contents(tmp_path / "again")
+
+
+def test_what_a_finished_run_left_does_not_stand_for_layers(main, tmp_path, job, monkeypatch):  # noqa: F811
+    """The output was moved away before the folder was cleared: a new run begins anew."""
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        arguments = [*job, "--device", "cpu", "--output", str(output)]
+        assert main(arguments) == 1
+    output.rename(tmp_path / "elsewhere")
+    assert list((unfinished_folder(output) / "layers").iterdir())
+    assert main(arguments) == 0
+    assert contents(output) == contents(tmp_path / "elsewhere")
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")

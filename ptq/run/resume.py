@@ -60,7 +60,8 @@ def differences(before: dict, after: dict) -> list[str]:
 
 
 class Unfinished:
-    """The folder beside `output`.  `finished`: how many layers are done, from the first on.
+    """The folder beside `output`.  `finished`: how many layers are done, from the first on.  `complete`: the output
+    is there, of the same fingerprint, and the run was ended while it cleared up; only `finish` is to be called.
 
     With `resume`, what is there is gone on with.  Rank 0 of the ranks writes, the others read; on several machines they must see
     the same folder.  Raises ValueError where an unfinished run is there and `resume` is not given, where its fingerprint is another
@@ -80,22 +81,23 @@ class Unfinished:
             except ValueError:
                 self._unlock()
                 raise
-        self.finished: int = ranks.all_gather_object(
-            next((n for n in range(layers) if not self._record_path(n).is_file()), layers)
-        )[0]
+        done = next((n for n in range(layers) if not self._record_path(n).is_file()), layers)
+        self.finished: int
+        self.complete: bool
+        self.finished, self.complete = ranks.all_gather_object((done, is_complete(output)))[0]
 
     def _open(self, about: dict, resume: bool) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sync(self.folder.parent)
+        self._lock = lock(self.folder)
         path = self.folder / "fingerprint.json"
+        if not self.checkpoint.is_dir() and not is_complete(self.output):
+            self._empty()  # new, or what is left of a finished run whose output is elsewhere by now
         if path.is_file() and not resume:
             raise ValueError(f"{self.folder} holds an unfinished run; go on with --resume, or remove it")
-        self.checkpoint.mkdir(parents=True, exist_ok=True)
-        (self.folder / "layers").mkdir(exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing to {self.folder}") from None
         if not path.is_file():
+            self.checkpoint.mkdir(exist_ok=True)
+            (self.folder / "layers").mkdir(exist_ok=True)
             save_text(path, json.dumps(about, indent=1) + "\n")
         differ = differences(json.loads(path.read_text()), about)
         if differ:
@@ -103,12 +105,18 @@ class Unfinished:
                 f"{self.folder} is of another run: {'; '.join(differ)}.  Remove it, or give what it was begun with"
             )
 
-    def _unlock(self) -> bool:
-        """Whether it was locked."""
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            os.close(lock)
-        return lock is not None
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _empty(self) -> None:
+        """Removes what is in the folder, the fingerprint last: as long as there is anything, it says of which run."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "fingerprint.json"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _record_path(self, index: int) -> Path:
         return self.folder / "layers" / f"{index:05}.json"
@@ -143,19 +151,28 @@ class Unfinished:
         return load_file(path) if path.is_file() else None
 
     def finish(self) -> None:
-        """The checkpoint becomes the output; nothing else stays."""
-        self.checkpoint.rename(self.output)
-        shutil.rmtree(self.folder)
+        """The checkpoint becomes the output, all of it on the disk for good; nothing else stays.
+
+        Killed before the output has its name, a later run goes on; killed after, it finds that all is `complete`.
+        """
+        if not self.complete:
+            for path in [*self.checkpoint.rglob("*"), self.checkpoint]:
+                sync(path)
+            self.checkpoint.rename(self.output)
+            sync(self.output.parent)
+            sync(self.folder)
+        self._empty()
+        self.folder.rmdir()
+        self._unlock()
 
     def close(self) -> None:
-        """Lets go of the folder, and removes it where nothing of worth is in it."""
-        if (
+        """Lets go of the folder, and removes it before where nothing of worth is in it."""
+        try:
+            worthless = not any(self.folder.glob("layers/*")) and self.load_importance() is None
+            if self._lock is not None and worthless and self.folder.exists():
+                shutil.rmtree(self.folder)
+        finally:
             self._unlock()
-            and self.folder.exists()
-            and not any((self.folder / "layers").iterdir())
-            and self.load_importance() is None
-        ):
-            shutil.rmtree(self.folder)
 
     @contextmanager
     def writer(self, format: Format) -> Iterator["LayerWriter"]:
@@ -221,3 +238,31 @@ class LayerWriter:
 
 def unfinished_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.unfinished")
+
+
+def is_complete(output: Path) -> bool:
+    """Whether the output of a run is there whole, though what was beside it is not all removed."""
+    folder = unfinished_folder(output)
+    return output.exists() and (folder / "fingerprint.json").is_file() and not (folder / "checkpoint").exists()
+
+
+def lock(folder: Path) -> int:
+    """The descriptor whose close lets go of the folder.  Raises ValueError where another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise BlockingIOError  # it was removed between the two calls, by the process that had it
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another process is writing to {folder}") from None
+    return descriptor
+
+
+def sync(path: Path) -> None:
+    """The content of a file, or the names in a folder, are on the disk afterwards."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
