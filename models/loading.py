@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ptq.models.identity import ModelFiles
 from ptq.models.llama import LlamaAdapter, check_family
 from ptq.models.shards import Shards, read_header, shard_paths
 from ptq.models.streaming import StreamingAdapter
@@ -48,17 +49,19 @@ def load_model(
 
 def open_model(
     source: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
-) -> tuple[LlamaAdapter, PreTrainedTokenizerBase, dict[str, Any]]:
-    """(adapter, tokenizer, what identifies the model's files).  Layers are read when they are asked for, if the model is in
+) -> tuple[LlamaAdapter, PreTrainedTokenizerBase, ModelFiles]:
+    """(adapter, tokenizer, the model's files).  Layers are read when they are asked for, if the model is in
     safetensors files; one of another kind (GGUF, .bin) is loaded whole.  dtype and errors as for `load_model`."""
     where, extra = locate(source)
+    commit = None
     if not extra and not Path(where).is_dir():
         where = fetch(source)
+        commit = Path(where).name  # of the snapshot
     folder = Path(where)
     if extra or not shard_paths(folder):
         model, tokenizer = load_model(source, dtype=dtype, device=device)
-        files = [folder / extra["gguf_file"]] if extra else sorted(folder.glob("*.bin"))
-        return LlamaAdapter(model.requires_grad_(False)), tokenizer, {file.name: [file.stat().st_size, ""] for file in files}
+        files = [folder / extra["gguf_file"]] if extra else [*sorted(folder.glob("*.bin")), folder / "config.json"]
+        return LlamaAdapter(model.requires_grad_(False)), tokenizer, ModelFiles(tuple(files), commit)
     config = load_config(source, where, extra)
     tokenizer = load_tokenizer(source, where, extra)
     shards = Shards(folder)
@@ -68,7 +71,7 @@ def open_model(
     check_names(adapter, shards)
     if (folder / "generation_config.json").is_file():
         adapter.model.generation_config = GenerationConfig.from_pretrained(where)
-    return adapter, tokenizer, {name: list(about) for name, about in shards.files.items()}
+    return adapter, tokenizer, ModelFiles((*shard_paths(folder), folder / "config.json"), commit)
 
 
 def check_names(adapter: StreamingAdapter, shards: Shards) -> None:

@@ -190,11 +190,11 @@ def prepare(args: argparse.Namespace) -> tuple[Job, PreTrainedTokenizerBase, Ten
     plan = make_plan(adapter, config)
     calibration, validation, eval_windows = token_windows(args, texts, adapter.model, tokenizer)
     device = torch.device(args.device)
-    settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {"block": config.format.block, "device": device.type}
+    settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {"block": config.format.block}
     batch = args.batch or default_batch(adapter.config.hidden_size, args.length, device)
     place = PLACES[args.activations]
     job = Job(adapter, config, plan, calibration, device, args.token_importance, args.seed, batch, place, validation)
-    return job, tokenizer, eval_windows, fingerprint(files, calibration, settings)
+    return job, tokenizer, eval_windows, fingerprint(files.identity(), calibration, settings, device)
 
 
 @contextmanager

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ptq.export.checkpoint import write_rest
 from ptq.models.llama import LlamaAdapter
 from ptq.models.loading import load_model, open_model
+from ptq.models.shards import read_header
 from ptq.run import resume
 from ptq.run.config import QuantConfig
 from ptq.run.job import Job, do_layers
@@ -113,6 +115,27 @@ def test_every_effort_goes_on_to_the_same_bytes(main, tmp_path, job, options, mo
     assert main([*arguments, str(output), "--resume"]) == 0
     assert main([*arguments, str(tmp_path / "again")]) == 0
     assert contents(output) == contents(tmp_path / "again")
+
+
+def test_another_models_weights_are_not_gone_on_with(main, tmp_path, job, capsys, monkeypatch):  # noqa: F811
+    """After one layer a weight of another changes, as when an adapter is merged in place: size and header stay."""
+    output, write, path = tmp_path / "out", Unfinished.write_layer, tmp_path / "model" / "model.safetensors"
+
+    def full(self, prefix, done, *arguments):
+        if done.index == 1:
+            raise OSError(28, "No space left on device")
+        write(self, prefix, done, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "write_layer", full)
+        assert main([*job, "--device", "cpu", "--output", str(output)]) == 1
+    header, tensors = read_header(path), load_file(path)
+    tensors["model.layers.2.mlp.up_proj.weight"][5, 7] += 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert read_header(path) == header
+    capsys.readouterr()
+    assert main([*job, "--device", "cpu", "--output", str(output), "--resume"]) == 1
+    assert "is of another run: model: model.safetensors was [" in capsys.readouterr().err
 
 
 def test_what_differs_is_said():
