@@ -67,7 +67,8 @@ class Calibration:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="local folder, hub id or .gguf file, not quantized")
     parser.add_argument(
         "--formats", nargs="+", choices=FORMATS, default=["nvfp4", "mxfp4", "int4"], help="default: all but one"
@@ -83,16 +84,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--damp", type=float, default=0.01, help="default: %(default)s")
     parser.add_argument("--calibration", default="builtin", metavar="TEXT", help="as quantize_llama.py (default: %(default)s)")
     parser.add_argument("--sequences", type=int, default=64, metavar="N", help="default: %(default)s")
-    parser.add_argument("--length", type=int, default=1024, metavar="N", help="tokens a sequence (default: %(default)s)")
+    parser.add_argument(
+        "--length", type=int, default=1024, metavar="N", help="tokens a sequence or window (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which sequences are drawn (default: %(default)s)")
     parser.add_argument("--text", required=True, metavar="TEXT", help="for perplexity and KL")
-    parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens a window (default: %(default)s)")
     parser.add_argument("--windows", type=int, metavar="N", help="the first N windows only")
     parser.add_argument("--sequential", action="store_true", help="calibrate each case by itself")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="results, report and Hessians")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args(argv)
-    for name, least in {"sequences": 1, "length": 2, "window": 2, "windows": 1}.items():
+    for name, least in {"sequences": 1, "length": 2, "windows": 1}.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
     return args
@@ -123,7 +125,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         for case in cases.values():
             make_plan(LlamaAdapter(loaded.model), case.config)
         args.output.mkdir(parents=True, exist_ok=True)
-        text = Text(args.text, texts[args.text], args.window, args.windows)
+        text = Text(args.text, texts[args.text], args.length, args.windows)
         for label, result in measure(loaded, text, texts[args.calibration], cases, results, args):
             results[label] = result | {"settings": wanted[label]}
             write(args.output / f"{label}.json", json.dumps(results[label], indent=1))
@@ -135,7 +137,7 @@ def run(args: argparse.Namespace) -> list[dict]:
 
 def settings(args: argparse.Namespace, label: str) -> dict[str, Any]:
     """What a result depends on."""
-    names = ("damp", "block", "calibration", "sequences", "length", "seed", "text", "window", "windows", "sequential", "device")
+    names = ("damp", "block", "calibration", "sequences", "length", "seed", "text", "windows", "sequential", "device")
     files = {source: stamp(source) for source in (args.model, args.calibration, args.text)}
     return {"label": label, "model": args.model, "files": files} | {name: getattr(args, name) for name in names}
 
