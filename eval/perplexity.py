@@ -7,7 +7,7 @@ mean over the same positions of KL(original ‖ model), in nats.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from ptq.eval.logits import Logits, run
 class Score:
     """`tokens`: predicted tokens, so windows · (window - 1).  `kl` of the original to itself is 0.
 
-    `agreement`: share of the predicted tokens for which the model's most likely token is the original's.
+    `agreement`: share of the predicted tokens for which the model's most likely token is the original's.  `dtype` the
+    model ran in, where that is known: the same checkpoint has another perplexity in another.
     """
 
     ppl: float
@@ -27,6 +28,7 @@ class Score:
     tokens: int
     window: int
     agreement: float = 1.0
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,12 @@ def evaluate(models: Mapping[str, nn.Module], windows: Iterable[Tensor]) -> dict
     original = next(iter(models.values()))
     there = (window.to(next(original.parameters()).device) for window in windows)
     scores = score_windows({name: run(model, name) for name, model in models.items()}, there)
-    return {name: summarize(found) for name, found in scores.items()}
+    return {name: replace(summarize(found), dtype=dtype_of(models[name])) for name, found in scores.items()}
+
+
+def dtype_of(model: nn.Module) -> str:
+    """Of its first parameter, by torch's name for it."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 @torch.no_grad()

@@ -66,7 +66,14 @@ def models_table(results: Sequence[Result]) -> Table:
 def text_table(results: Sequence[Result]) -> Table:
     first = next(r["text"] for r in results if r["text"])
     protocol = first["protocol"]
-    head = ["model", f"token_ppl@{protocol['window']}", "KL to the first (nats)", "top-1 agreement", "bits per byte"]
+    head = [
+        "model",
+        "scored in",
+        f"token_ppl@{protocol['window']}",
+        "KL to the first (nats)",
+        "top-1 agreement",
+        "bits per byte",
+    ]
     rows = []
     for result in results:
         text = result["text"]
@@ -74,7 +81,9 @@ def text_table(results: Sequence[Result]) -> Table:
             error = "" if text["kl_stderr"] is None else f" ± {text['kl_stderr']:.5f}"
             kl = f"{text['kl']:.5f}{error}" if text["kl"] is not None else "other tokens"
             agreement = number(text["agreement"], "{:.2%}".format)
-            rows.append([result["label"], f"{text['token_ppl']:.4f}", kl, agreement, f"{text['bits_per_byte']:.4f}"])
+            rows.append(
+                [result["label"], result["dtype"], f"{text['token_ppl']:.4f}", kl, agreement, f"{text['bits_per_byte']:.4f}"]
+            )
     note = (
         f"{protocol['text']}: windows of {protocol['window']} tokens, stride {protocol['stride']}, {protocol['bos']}; "
         f"{first['tokens']} tokens predicted in {first['windows']} windows."

@@ -75,6 +75,7 @@ def measure_text(
     kl_stderr = ratio_stderr([(one.kl, one.tokens) for one in scores])
     size = sum(len(document.encode()) for document in text.documents)
     return {
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "token_ppl": score.ppl,
         "kl": score.kl if comparable else None,
         "kl_stderr": None if math.isnan(kl_stderr) or not comparable else kl_stderr,

@@ -1,7 +1,9 @@
 """A model and its tokenizer from a local folder, a hub id or a GGUF file."""
 
 import io
+import re
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,12 @@ from transformers import (
 
 from ptq.models.adapter import ModelAdapter
 from ptq.models.families import family_of
+from ptq.models.identity import ModelFiles
 from ptq.models.shards import Shards, read_header, shard_paths
 from ptq.models.streaming import StreamingAdapter
+
+OF_A_LAYER = re.compile(r"\blayers\.\d+\.")
+HARMLESS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # buffers of older releases, made anew
 
 
 def load_model(
@@ -30,8 +36,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model in eval mode, tokenizer).  dtype None: as stored; for a GGUF file, float32.
 
-    Raises ValueError, before weights are read, for a source that is not there, an unsupported model type, a damaged file and a
-    model that is quantized already.
+    Raises ValueError, before weights are read, for a source that is not there, an unsupported model type, a damaged
+    file and a model that is quantized already; and after, as `check_tensors`.
     """
     where, extra = locate(source)
     config = load_config(source, where, extra)
@@ -41,25 +47,30 @@ def load_model(
         weights["config"] = config  # a GGUF file's header takes seconds to read
     dtype = dtype or (torch.float32 if "gguf_file" in extra else "auto")  # type: ignore[assignment]
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation="sdpa", **weights)
+        model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
+            where, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **weights
+        )
     except OSError as error:
         raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
+    check_tensors(source, info["missing_keys"], info["unexpected_keys"])
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def open_model(
     source: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
-) -> tuple[ModelAdapter, PreTrainedTokenizerBase, dict[str, Any]]:
-    """(adapter, tokenizer, what identifies the model's files).  Layers are read when they are asked for, if the model is in
+) -> tuple[ModelAdapter, PreTrainedTokenizerBase, ModelFiles]:
+    """(adapter, tokenizer, the model's files).  Layers are read when they are asked for, if the model is in
     safetensors files; one of another kind (GGUF, .bin) is loaded whole.  dtype and errors as for `load_model`."""
     where, extra = locate(source)
+    commit = None
     if not extra and not Path(where).is_dir():
         where = fetch(source)
+        commit = Path(where).name  # of the snapshot
     folder = Path(where)
     if extra or not shard_paths(folder):
         model, tokenizer = load_model(source, dtype=dtype, device=device)
-        files = [folder / extra["gguf_file"]] if extra else sorted(folder.glob("*.bin"))
-        return ModelAdapter(model.requires_grad_(False)), tokenizer, {file.name: [file.stat().st_size, ""] for file in files}
+        files = [folder / extra["gguf_file"]] if extra else [*sorted(folder.glob("*.bin")), folder / "config.json"]
+        return ModelAdapter(model.requires_grad_(False)), tokenizer, ModelFiles(tuple(files), commit)
     config = load_config(source, where, extra)
     tokenizer = load_tokenizer(source, where, extra)
     shards = Shards(folder)
@@ -69,15 +80,29 @@ def open_model(
     check_names(adapter, shards)
     if (folder / "generation_config.json").is_file():
         adapter.model.generation_config = GenerationConfig.from_pretrained(where)
-    return adapter, tokenizer, {name: list(about) for name, about in shards.files.items()}
+    return adapter, tokenizer, ModelFiles((*shard_paths(folder), folder / "config.json"), commit)
 
 
 def check_names(adapter: StreamingAdapter, shards: Shards) -> None:
-    """Raises ValueError that names a tensor the model needs and the files lack."""
+    """Raises ValueError as `check_tensors` for what the model needs and what the files hold."""
+    needed, there = adapter.model.state_dict().keys(), shards.tensors.keys()
     tied = {"lm_head.weight"} if adapter.config.tie_word_embeddings else set()
-    missing = [name for name in adapter.model.state_dict() if name not in shards.tensors and name not in tied]
+    check_tensors(str(shards.folder), needed - there - tied, there - needed)
+
+
+def check_tensors(source: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises ValueError that names a tensor the model needs and the files lack, or one the files hold of a layer and the
+    model has no place for: it would be another model without."""
+    missing = sorted(missing)
     if missing:
-        raise ValueError(f"{shards.folder} cannot be loaded: it lacks {missing[0]} ({len(missing)} tensors in all)")
+        raise ValueError(f"{source} cannot be loaded: it lacks {missing[0]} ({len(missing)} tensors in all)")
+    left = sorted(name for name in unexpected if OF_A_LAYER.search(name) and not HARMLESS.search(name))
+    if left:
+        raise ValueError(
+            f"{source} cannot be loaded: it holds {left[0]} ({len(left)} such tensors), for which the model that its config "
+            "describes has no place; the config disagrees with the weights (attention_bias, mlp_bias, num_hidden_layers, "
+            "model_type): correct it, or take the files of one model"
+        )
 
 
 def load_config(source: str, where: str, extra: dict[str, str]) -> PretrainedConfig:

@@ -1,6 +1,5 @@
 """The safetensors files of a checkpoint: what is in them, without reading it, and reading tensors by name."""
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,11 +31,8 @@ class Shards:
     def __init__(self, folder: Path):
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
-        self.files: dict[str, tuple[int, str]] = {}
         for path in shard_paths(folder):
-            header = read_header(path)
-            self.files[path.name] = path.stat().st_size, hashlib.sha256(header).hexdigest()
-            for name, entry in json.loads(header).items():
+            for name, entry in json.loads(read_header(path)).items():
                 if name != "__metadata__":
                     self.tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]))
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ptq.calibrate.importance import TokenImportance, keep_in, token_importance
+from ptq.calibrate.importance import KeptCurvature, TokenImportance, token_importance
 from ptq.core.formats import FORMATS
 from ptq.data.text import all_windows, read_documents, sample_windows
 from ptq.eval.checkpoint import Loaded, bits_per_weight, load_any
@@ -64,14 +64,15 @@ class Sequential:
 
     batches: tuple[Tensor, ...] = ()
     importances: Mapping[str, TokenImportance | None] = field(default_factory=dict)
-    curvatures: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
+    curvatures: Mapping[str, KeptCurvature] = field(default_factory=dict)
 
     def calibration(self, case: Case) -> Calibration:
         return Calibration(self.batches, self.importances[case.importance], self.curvatures.get(case.importance))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL", help="local folder, hub id or .gguf file, not quantized")
     parser.add_argument(
         "--formats", nargs="+", choices=FORMATS, default=["nvfp4", "mxfp4", "int4"], help="default: all but one"
@@ -87,16 +88,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--damp", type=float, default=0.01, help="default: %(default)s")
     parser.add_argument("--calibration", default="builtin", metavar="TEXT", help="as quantize_llama.py (default: %(default)s)")
     parser.add_argument("--sequences", type=int, default=64, metavar="N", help="default: %(default)s")
-    parser.add_argument("--length", type=int, default=1024, metavar="N", help="tokens a sequence (default: %(default)s)")
+    parser.add_argument(
+        "--length", type=int, default=1024, metavar="N", help="tokens a sequence or window (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which sequences are drawn (default: %(default)s)")
     parser.add_argument("--text", required=True, metavar="TEXT", help="for perplexity and KL")
-    parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens a window (default: %(default)s)")
     parser.add_argument("--windows", type=int, metavar="N", help="the first N windows only")
     parser.add_argument("--sequential", action="store_true", help="calibrate each case by itself")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="results, report and Hessians")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args(argv)
-    for name, least in {"sequences": 1, "length": 2, "window": 2, "windows": 1}.items():
+    for name, least in {"sequences": 1, "length": 2, "windows": 1}.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)}: must be at least {least}")
     return args
@@ -127,7 +129,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         for case in cases.values():
             make_plan(ModelAdapter(loaded.model), case.recipe)
         args.output.mkdir(parents=True, exist_ok=True)
-        text = Text(args.text, texts[args.text], args.window, args.windows)
+        text = Text(args.text, texts[args.text], args.length, args.windows)
         for label, result in measure(loaded, text, texts[args.calibration], cases, results, args):
             results[label] = result | {"settings": wanted[label]}
             write(args.output / f"{label}.json", json.dumps(results[label], indent=1))
@@ -139,7 +141,7 @@ def run(args: argparse.Namespace) -> list[dict]:
 
 def settings(args: argparse.Namespace, label: str) -> dict[str, Any]:
     """What a result depends on."""
-    names = ("damp", "block", "calibration", "sequences", "length", "seed", "text", "window", "windows", "sequential", "device")
+    names = ("damp", "block", "calibration", "sequences", "length", "seed", "text", "windows", "sequential", "device")
     files = {source: stamp(source) for source in (args.model, args.calibration, args.text)}
     return {"label": label, "model": args.model, "files": files} | {name: getattr(args, name) for name in names}
 
@@ -218,10 +220,10 @@ def calibrate(loaded: Loaded, documents: list[str], cases: Mapping[str, Case], a
     batches = tokens.split(max(1, TOKENS_AT_ONCE // args.length))
     adapter = ModelAdapter(loaded.model)
     seeds = {"text": None, "sampled": args.seed}
-    curvatures: dict[str, dict[str, Tensor]] = {case.importance: {} for case in cases.values() if case.recipe.row_feedback}
+    curvatures = {case.importance: KeptCurvature() for case in cases.values() if case.recipe.row_feedback}
     importances: dict[str, TokenImportance | None] = {"none": None}
     for name in set(wanted) - {"none"}:
-        keep = keep_in(curvatures[name]) if name in curvatures else None
+        keep = curvatures[name].keep if name in curvatures else None
         importances[name] = token_importance(adapter, batches, seed=seeds[name], curvature=keep)
     if to_store:
         noted.parent.mkdir(parents=True, exist_ok=True)

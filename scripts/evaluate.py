@@ -37,13 +37,14 @@ from ptq.models.loading import locate, quiet
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how, allow_abbrev=False)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="the first is what the others are compared with")
     text = parser.add_argument_group("text")
     text.add_argument(
         "--text", metavar="TEXT", help="for perplexity and KL: .txt, .jsonl[.gz], or a name as in docs/evaluation.md"
     )
-    text.add_argument("--window", type=int, default=2048, metavar="N", help="tokens a window (default: %(default)s)")
+    text.add_argument("--length", type=int, default=2048, metavar="N", help="tokens a window (default: %(default)s)")
     text.add_argument("--windows", type=int, metavar="N", help="the first N windows only")
     text.add_argument(
         "--logits",
@@ -70,7 +71,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="to run unquantized models in (default: as stored)",
     )
     args = parser.parse_args(argv)
-    for name, least in {"window": 2, "windows": 1, "limit": 1, "fewshot": 0, "max_length": 2}.items():
+    for name, least in {"length": 2, "windows": 1, "limit": 1, "fewshot": 0, "max_length": 2}.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if args.batch_size != "auto":
@@ -149,7 +150,7 @@ def load(source: str, args: argparse.Namespace) -> Loaded:
     """Raises ValueError where the windows are longer than the model's context."""
     loaded = load_any(source, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype), device=args.device)
     context = getattr(loaded.model.config, "max_position_embeddings", None)
-    for name in ("window",) * bool(args.text) + ("max_length",) * bool(args.max_length):
+    for name in ("length",) * bool(args.text) + ("max_length",) * bool(args.max_length):
         if context and getattr(args, name) > context:
             raise ValueError(f"{source} has a context of {context} tokens; give --{name.replace('_', '-')} {context} or less")
     return loaded
@@ -167,7 +168,7 @@ def check_outputs(args: argparse.Namespace, paths: Sequence[Path]) -> None:
 
 def settings(args: argparse.Namespace, source: str) -> dict[str, Any]:
     """What a result depends on: a result is reused only where this is the same."""
-    chosen = ("text", "window", "windows", "tasks", "limit", "fewshot", "batch_size", "max_length", "device", "dtype")
+    chosen = ("text", "length", "windows", "tasks", "limit", "fewshot", "batch_size", "max_length", "device", "dtype")
     data = str(args.task_data) if args.task_data else None
     files = {str(model): stamp(model) for model in (source, args.models[0], *filter(None, (args.text, data)))}
     return {name: getattr(args, name) for name in chosen} | {"task_data": data, "model": source, "files": files}
@@ -189,7 +190,7 @@ def measure(
     label: str, loaded: Loaded, documents: list[str], args: argparse.Namespace, first: Reference, earlier: dict | None
 ) -> dict[str, Any]:
     """The text's part of a result, with a progress bar.  earlier: the first model's; None for that model itself."""
-    text = Text(args.text, documents, args.window, args.windows)
+    text = Text(args.text, documents, args.length, args.windows)
     tokens = tokenize(label, loaded, text)
     kept = first.logits(len(tokens.windows))
     logits, other = run_model(loaded.model, label), None

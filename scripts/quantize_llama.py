@@ -47,7 +47,7 @@ from ptq.run.job import Job, do_layers
 from ptq.run.loop import quantize_model
 from ptq.run.plan import make_plan, with_block
 from ptq.run.recipe import Recipe, as_rules
-from ptq.run.resume import Unfinished, fingerprint, unfinished_folder
+from ptq.run.resume import Unfinished, fingerprint, is_complete, unfinished_folder
 from ptq.run.settings import DRIFTS, EFFORTS, IMPORTANCES, make_recipe
 from ptq.run.solve import CertificateError, Record
 from ptq.run.summary import summary
@@ -134,7 +134,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict | str | None:
     """The whole job; returns the report, or the plan, or on ranks other than 0 None."""
     begin = time.perf_counter()
-    if args.output:
+    if args.output and not (args.resume and is_complete(args.output)):
         check_output(args.output, 0)
     if args.plan:
         return preview(args)
@@ -156,9 +156,12 @@ def run(args: argparse.Namespace) -> dict | str | None:
         if ranks.rank:
             return None
         # One process is enough for the rest, and compressed-tensors would wait for the others if the group were still there.
-        report = finish(args, job, tokenizer, eval_windows, unfinished)
-        report |= {"bytes": size, "seconds": time.perf_counter() - begin}
-        save_text(unfinished.checkpoint / "report.json", json.dumps(report, indent=1) + "\n")
+        if unfinished.complete:
+            report = json.loads((output / "report.json").read_text())
+        else:
+            report = finish(args, job, tokenizer, eval_windows, unfinished)
+            report |= {"bytes": size, "seconds": time.perf_counter() - begin}
+            save_text(unfinished.checkpoint / "report.json", json.dumps(report, indent=1) + "\n")
         unfinished.finish()
         return report
 
@@ -167,10 +170,10 @@ def preview(args: argparse.Namespace) -> str:
     """What `--plan` prints.  From the headers of the model's files; no weights and no text are read."""
     with quiet():
         adapter, _, _ = open_model(args.model, dtype=model_dtype(args), device="cpu")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
     return make_preview(
         adapter, as_rules(recipe_of(args), args.ignore), args.sequences, args.length, args.token_importance,
-        batch=args.batch, on_host=PLACES[args.activations], ranks=ranks, output=args.output or Path("output"),
+        batch=args.batch, on_host=PLACES[args.activations], ranks=int(os.environ.get("WORLD_SIZE", 1)),
+        output=args.output or Path("output"),
     ).text()  # fmt: skip
 
 
@@ -191,13 +194,13 @@ def prepare(args: argparse.Namespace) -> tuple[Job, PreTrainedTokenizerBase, Ten
     plan = make_plan(adapter, recipe, args.ignore)
     calibration, validation, eval_windows = token_windows(args, texts, adapter.model, tokenizer)
     device = torch.device(args.device)
-    settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {"block": recipe.format.block, "device": device.type}
+    settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {"block": recipe.format.block}
     batch = args.batch or default_batch(adapter.config.hidden_size, args.length, device)
     place = PLACES[args.activations]
     job = Job(
         adapter, plan, CompressedTensors(), calibration, device, args.token_importance, args.seed, batch, place, validation
     )
-    return job, tokenizer, eval_windows, fingerprint(files, calibration, settings)
+    return job, tokenizer, eval_windows, fingerprint(files.identity(), calibration, settings, device)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def job(tmp_path):
     text = str(tmp_path / "text.txt")
     calibration = ["--calibration", text, "--sequences", "4", "--length", "32"]
     cases = ["--cases", "rtn-absmax-none", "gptq-local-none", "gptq-joint-sampled", "--formats", "nvfp4", "mxfp4"]
-    evaluation = ["--text", text, "--window", "64", "--windows", "3", "--device", "cpu"]
+    evaluation = ["--text", text, "--windows", "3", "--device", "cpu"]
     return tmp_path, [str(tmp_path / "model"), *cases, *calibration, *evaluation, "--output", str(tmp_path / "out")]
 
 
@@ -88,10 +88,13 @@ def test_cases_are_kept_one_by_one_and_a_second_run_goes_on(script, job, capsys,
     printed = capsys.readouterr().out
     assert "mxfp4-gptq-joint-sampled" in printed and printed.strip() == (folder / "out" / "report.md").read_text().strip()
     result = json.loads((folder / "out" / "mxfp4-gptq-local-none.json").read_text())
+    assert result["text"]["protocol"]["window"] == 32 and result["text"]["dtype"] == "float32"
     assert result["bits_per_weight"] == 4.25 and result["text"]["kl"] > 0 and result["quantize_seconds"] > 0
     assert (folder / "out" / "report.html").read_text().count("<svg") == 2
     assert script.main([*arguments, "--damp", "0.1"]) == 1
     assert "was measured with another damp; name another --output" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # not taken for --windows
+        script.main([*arguments, "--window", "64"])
 
 
 def test_cases_with_drift_run_alone_beside_those_that_share_hessians(script, job, capsys, monkeypatch):

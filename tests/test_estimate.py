@@ -84,8 +84,8 @@ def test_the_plan_tells_the_size_of_the_checkpoint(main, tmp_path, capsys):  # n
     planned = capsys.readouterr().out
     assert "14 linears" in planned and "4.5 bits a weight" in planned and "nothing that cannot work was found" in planned
     assert main([*common, "--plan", "--effort", "best"]) == 0
-    squares = 2 * (3 * 64**2 + 2 * 32**2 + 2 * 128**2)
-    assert f"{2 * squares / 1e6:.3g} MB for row feedback" in capsys.readouterr().out
+    triangles = 2 * sum(d * (d + 1) // 2 for d in (64, 64, 64, 32, 32, 128, 128))
+    assert f"{4 * triangles / 1e6:.3g} MB for row feedback" in capsys.readouterr().out
     assert main([*common, "--calibration", str(tmp_path / "text"), "--output", str(tmp_path / "out")]) == 0
     stored = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
     found = re.search(r"over the whole checkpoint, ([\d.]+) MB", planned)

@@ -47,7 +47,7 @@ def job(tmp_path):
         for i in range(8)
     ]
     (tmp_path / "tasks" / "arc_easy.test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    text = ["--text", str(tmp_path / "text.txt"), "--window", "64", "--windows", "5"]
+    text = ["--text", str(tmp_path / "text.txt"), "--length", "64", "--windows", "5"]
     tasks = ["--tasks", "arc_easy", "--task-data", str(tmp_path / "tasks"), "--limit", "6"]
     models = [str(tmp_path / name) for name in ("first", "other")]
     return tmp_path, [*models, *text, *tasks, "--output", str(tmp_path / "out" / "run"), "--device", "cpu"]
@@ -69,7 +69,7 @@ def test_a_whole_run(script, job, capsys):
     assert first["tasks"]["arc_easy"]["samples"] == 6
     printed = capsys.readouterr().out
     assert printed.strip() == (folder / "out" / "run.md").read_text().strip()
-    assert "token_ppl@64" in printed and "arc_easy acc_norm" in printed and "ln token_ppl" in printed
+    assert "| scored in | token_ppl@64 |" in printed and "arc_easy acc_norm" in printed and "ln token_ppl" in printed
     page = (folder / "out" / "run.html").read_text()
     assert page.count("<svg") == 2 and not re.search(r"(src|href)=|url\(|@import|<script", page)
 
@@ -132,7 +132,7 @@ def test_quantized_checkpoints_count_their_scales(script, job, format, bits):
     assert script.main([str(folder / "first"), str(quantized), *texts, *output]) == 0
     score = result(folder, "quantized")
     assert score["bits_per_weight"] == pytest.approx(bits)
-    assert score["dtype"] == "bfloat16" and score["text"]["kl"] > 0
+    assert score["dtype"] == score["text"]["dtype"] == "bfloat16" and score["text"]["kl"] > 0
     assert score["made_by"] == f"ptq {format}, rtn, local, none" and score["quantize_seconds"] > 0
 
 
@@ -185,7 +185,7 @@ def test_other_tokens_give_no_kl(script, job):
     [
         (["--tasks", "arc_esay"], "'arc_esay' is not known to the offline tasks (with --task-data); nearest: arc_easy"),
         (["--task-data", "{folder}"], "arc_easy.test.jsonl or .jsonl.gz, which is not there"),
-        (["--window", "512"], "has a context of 256 tokens; give --window 256 or less"),
+        (["--length", "512"], "has a context of 256 tokens; give --length 256 or less"),
         (["--text", "{folder}/none.txt"], "is not there"),
         (["{folder}/nowhere/x"], "no such folder"),
         (["--fewshot", "2"], "few-shot examples need arc_easy.train.jsonl"),

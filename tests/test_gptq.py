@@ -6,11 +6,13 @@ import pytest
 import torch
 from einops import rearrange
 
+from ptq.calibrate.importance import KeptCurvature
 from ptq.core.formats import FORMATS, INT4_G128, MXFP4, NVFP4, choose_tensor_scale, get_format
-from ptq.core.linalg import block_diagonal, damped
+from ptq.core.linalg import NotPositiveDefiniteError, block_diagonal, damped
 from ptq.core.scales import RULES, choose_scales
 from ptq.methods.gptq import DAMP_ROWS, gptq, visit_order
 from ptq.methods.rtn import rtn
+from ptq.run.resume import Curvature
 
 SMALL_INT4 = replace(INT4_G128, block=32)
 SMALL = [NVFP4, MXFP4, SMALL_INT4]
@@ -162,6 +164,39 @@ def test_row_feedback_is_the_best_answer_to_each_panel_of_rows(row_panel):
     result = gptq(W, H, NVFP4, rule="joint", tensor_scale=scale, G=G, row_panel=row_panel)
     assert torch.equal(result.quantized.dequantize().double(), Q)
     assert torch.allclose(result.accumulated, result.measured, rtol=1e-9)
+
+
+def lopsided_curvature(d_out: int) -> torch.Tensor:
+    """G (d_out, d_out) float32 with mean diagonal 1, of which one direction has 90 %; the rest is white."""
+    direction = torch.randn(d_out, dtype=torch.float64)
+    G = 0.9 * d_out * torch.outer(direction, direction) / direction.square().sum() + 0.1 * torch.eye(d_out)
+    return G.float()
+
+
+def test_a_curvature_of_which_one_direction_has_most_is_kept_exactly(tmp_path):
+    """In bfloat16 it is indefinite by more than its damping."""
+    W, H = problem(d_out=1024)
+    G = lopsided_curvature(1024)
+    scale = choose_tensor_scale(W, NVFP4)
+    with pytest.raises(NotPositiveDefiniteError):
+        gptq(W, H, NVFP4, tensor_scale=scale, G=G.bfloat16().float())
+    for kept in (KeptCurvature(), Curvature(tmp_path / "curvature")):
+        kept.keep("q", G)
+        assert list(kept) == ["q"] and torch.equal(kept["q"], G)
+    fed, plain = (gptq(W, H, NVFP4, tensor_scale=scale, G=g).quantized.dequantize() for g in (kept["q"], None))
+    loss_of = [float((G.double() @ delta @ H * delta).sum()) for delta in (W - fed, W - plain)]
+    assert loss_of[0] < loss_of[1]
+
+
+def test_an_indefinite_curvature_is_named_with_a_remedy_that_fits():
+    W, H = problem()
+    G = torch.eye(24)
+    G[3, 3] = -1
+    with pytest.raises(NotPositiveDefiniteError, match=r"^G \+ damping .*--no-row-feedback"):
+        gptq(W, H, NVFP4, tensor_scale=choose_tensor_scale(W, NVFP4), G=G)
+    H[0, 0] = -H[0, 0]
+    with pytest.raises(NotPositiveDefiniteError, match=r"^H \+ damping .*more damping"):
+        gptq(W, H, NVFP4, tensor_scale=choose_tensor_scale(W, NVFP4))
 
 
 def test_row_feedback_lowers_the_loss_it_is_for():

@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from ptq.calibrate.hessian import Hessian
-from ptq.core.linalg import NotPositiveDefiniteError, block_diagonal, damped, inverse_factor
+from ptq.core.linalg import (
+    NotPositiveDefiniteError,
+    block_diagonal,
+    damped,
+    inverse_factor,
+    pack_symmetric,
+    unpack_symmetric,
+)
 
 # Two float32 sums of n products, in any order, differ by at most 2 n eps Σ|x y|.
 EPS = torch.finfo(torch.float32).eps
@@ -64,6 +71,15 @@ def test_weighted_tokens_on_a_gpu(dtype, block):
     assert ((hessian.mean().cpu() - exact).abs() <= rounding * magnitude).all()
 
 
+@pytest.mark.parametrize("shape", [(48, 48), (3, 16, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_damping_has_the_bits_of_its_formula_and_leaves_its_argument_alone(shape, dtype):
+    H = torch.randn(shape, dtype=dtype)
+    before = H.clone()
+    expected = H + 0.01 * H.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(shape[-1], dtype=dtype)
+    assert torch.equal(damped(H, 0.01), expected) and torch.equal(H, before)
+
+
 @pytest.mark.parametrize("n", [1, 48, 1500])
 def test_inverse_factor(n):
     """1500 columns are factored and inverted by halves."""
@@ -87,3 +103,13 @@ def test_the_pivot_is_named_in_the_whole_matrix(bad):
     A[bad, bad] = -1
     with pytest.raises(NotPositiveDefiniteError, match=f"pivot {bad} of 1500"):
         inverse_factor(A)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 100])
+def test_a_symmetric_matrix_is_kept_exactly_in_half_the_bytes(n):
+    X = torch.randn(n, n)
+    A = X.tril() + X.tril(-1).T
+    packed = pack_symmetric(A)
+    assert packed.shape == (n * (n + 1) // 2,)
+    assert torch.equal(unpack_symmetric(packed, strip=16), A)
+    assert torch.equal(pack_symmetric(A.tril()), packed)

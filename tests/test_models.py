@@ -1,10 +1,13 @@
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptq.models.adapter import ModelAdapter
 from ptq.models.families import FAMILIES
-from ptq.models.loading import load_model
+from ptq.models.loading import load_model, open_model
 
 from .tiny import save_tiny, tiny_model
 
@@ -82,6 +85,43 @@ def test_a_folder_is_loaded_as_stored(tmp_path, dtype):
 def test_sources_that_are_not_there_are_named(tmp_path, source, message):
     with pytest.raises(ValueError, match=message):
         load_model(source.format(tmp=tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_model, open_model])
+@pytest.mark.parametrize(
+    "stored, changed, name, count",
+    [
+        ({"attention_bias": True}, {"attention_bias": False}, "self_attn.k_proj.bias", 8),
+        ({"num_hidden_layers": 3}, {"num_hidden_layers": 2}, "layers.2.input_layernorm.weight", 9),
+    ],
+    ids=["biases", "layers"],
+)
+def test_tensors_that_the_config_leaves_no_place_for_are_refused(tmp_path, load, stored, changed, name, count):
+    save_tiny(tmp_path, **stored)
+    config = json.loads((tmp_path / "config.json").read_text()) | changed
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"it holds model.*{name} \({count} such tensors\).*config disagrees"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_model, open_model])
+def test_buffers_of_older_releases_are_left_aside(tmp_path, load):
+    save_tiny(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    tensors["something.else"] = torch.ones(8)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_model, open_model])
+def test_a_missing_tensor_is_named(tmp_path, load):
+    save_tiny(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"it lacks model.layers.1.mlp.up_proj.weight \(1 tensors in all\)"):
+        load(str(tmp_path))
 
 
 def test_a_folder_without_weights_or_tokenizer_is_refused(tmp_path):

@@ -62,7 +62,7 @@ def test_a_recipe_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
     recipes = ["ptq-nvfp4-rtn", "ptq-int4"]  # 64 input columns are no multiple of 128
     calibration = ["--calibration", str(tmp_path / "text.txt"), "--sequences", "4", "--length", "32"]
     given = [str(tmp_path / "model"), "--recipes", *recipes, *calibration, "--work", str(tmp_path / "work")]
-    evaluation = ["--text", str(tmp_path / "text.txt"), "--window", "64", "--windows", "3", "--device", "cpu"]
+    evaluation = ["--text", str(tmp_path / "text.txt"), "--length", "64", "--windows", "3", "--device", "cpu"]
     assert script.main([*given, "--output", str(tmp_path / "out" / "run"), "--", *evaluation]) == 0
     printed = capsys.readouterr().out
     assert "no ptq-int4: error: model.layers.0" in printed and "use --block 64" in printed

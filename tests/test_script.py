@@ -56,7 +56,10 @@ def test_a_whole_run(main, job, capsys, options, label):
     assert report["original"]["kl"] == 0 < report[label]["kl"]
     assert report["settings"]["token_importance"] == ("sampled" if "sampled" in options else "none")
     assert report["settings"]["drift"] == ("full" if label == "gptq" and "none" not in options else "none")
+    dtype = "bfloat16" if "bfloat16" in options else "float32"
+    assert all(report[name]["dtype"] == dtype for name in ("original", "rtn", label))
     printed = capsys.readouterr().out
+    assert f"scored in {dtype}:" in printed
     assert "token ppl" in printed and "max |logit difference| = 0" in printed
 
 

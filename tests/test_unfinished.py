@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ptq.export.checkpoint import write_rest
 from ptq.export.compressed_tensors import CompressedTensors
 from ptq.models.adapter import ModelAdapter
 from ptq.models.loading import load_model, open_model
+from ptq.models.shards import read_header
+from ptq.run import resume
 from ptq.run.job import Job, do_layers
 from ptq.run.plan import make_plan
 from ptq.run.recipe import Recipe
@@ -115,6 +118,27 @@ def test_every_effort_goes_on_to_the_same_bytes(main, tmp_path, job, options, mo
     assert contents(output) == contents(tmp_path / "again")
 
 
+def test_another_models_weights_are_not_gone_on_with(main, tmp_path, job, capsys, monkeypatch):  # noqa: F811
+    """After one layer a weight of another changes, as when an adapter is merged in place: size and header stay."""
+    output, write, path = tmp_path / "out", Unfinished.write_layer, tmp_path / "model" / "model.safetensors"
+
+    def full(self, prefix, done, *arguments):
+        if done.index == 1:
+            raise OSError(28, "No space left on device")
+        write(self, prefix, done, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "write_layer", full)
+        assert main([*job, "--device", "cpu", "--output", str(output)]) == 1
+    header, tensors = read_header(path), load_file(path)
+    tensors["model.layers.2.mlp.up_proj.weight"][5, 7] += 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert read_header(path) == header
+    capsys.readouterr()
+    assert main([*job, "--device", "cpu", "--output", str(output), "--resume"]) == 1
+    assert "is of another run: model: model.safetensors was [" in capsys.readouterr().err
+
+
 def test_what_differs_is_said():
     about = fingerprint({"a.safetensors": [10, "x"]}, TOKENS, {"method": "gptq"})
     other = fingerprint({"a.safetensors": [11, "x"]}, TOKENS, {"method": "rtn"})
@@ -131,6 +155,70 @@ def test_two_processes_cannot_write_to_one_output(tmp_path):
         Unfinished(tmp_path / "out", {}, 2, resume=True)
     first.close()
     assert not unfinished_folder(tmp_path / "out").exists()
+
+
+def test_an_empty_folder_is_removed_before_it_is_unlocked(tmp_path, monkeypatch):
+    """Else another process might lock it, and write, in between."""
+    first, remove, seen = Unfinished(tmp_path / "out", {}, 2, resume=False), shutil.rmtree, []
+
+    def look(folder):
+        with pytest.raises(ValueError, match="another process is writing"):
+            Unfinished(tmp_path / "out", {}, 2, resume=True)
+        seen.append(folder)
+        remove(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", look)
+    first.close()
+    assert seen == [unfinished_folder(tmp_path / "out")] and not seen[0].exists()
+
+
+def fail(*_args, **_kwargs):
+    raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("where", [(Path, "rename"), (shutil, "rmtree"), (Path, "rmdir")], ids=lambda where: where[1])
+def test_a_run_that_ends_while_it_finishes_is_finished_later(main, tmp_path, job, where, capsys, monkeypatch):  # noqa: F811
+    """Before the output has its name, before anything is cleared away, and when all but the folder itself is."""
+    output, finish, synced = tmp_path / "out", Unfinished.finish, []
+    arguments = [*job, "--device", "cpu", "--output", str(output)]
+    monkeypatch.setattr(resume, "sync", lambda path: synced.append(path.name))
+
+    def interrupted(self):
+        with monkeypatch.context() as patch:
+            patch.setattr(*where, fail)
+            finish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "finish", interrupted)
+        assert main(arguments) == 1
+    assert output.exists() == (where[1] != "rename")
+    assert {"tokenizer.json", "generation_config.json", "report.json", "checkpoint"} <= set(synced)
+    capsys.readouterr()
+    if where[1] == "rmdir":  # as after the last step
+        assert main([*arguments, "--resume"]) == 1
+        assert f"output {output} exists already" in capsys.readouterr().err
+        return
+    if where[1] == "rmtree":
+        assert main([*arguments, "--resume", "--seed", "1"]) == 1
+        assert "settings: seed was 0 and is 1" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert "21 linears" in capsys.readouterr().out
+    assert output.is_dir() and not unfinished_folder(output).exists()
+    assert main([*arguments[:-1], str(tmp_path / "again")]) == 0
+    assert contents(output) == contents(tmp_path / "again")
+
+
+def test_what_a_finished_run_left_does_not_stand_for_layers(main, tmp_path, job, monkeypatch):  # noqa: F811
+    """The output was moved away before the folder was cleared: a new run begins anew."""
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        arguments = [*job, "--device", "cpu", "--output", str(output)]
+        assert main(arguments) == 1
+    output.rename(tmp_path / "elsewhere")
+    assert list((unfinished_folder(output) / "layers").iterdir())
+    assert main(arguments) == 0
+    assert contents(output) == contents(tmp_path / "elsewhere")
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")

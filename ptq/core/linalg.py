@@ -1,12 +1,14 @@
 """Linear algebra that torch does not have, for any device and dtype."""
 
+import math
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
 
 class NotPositiveDefiniteError(ValueError):
-    """H + damping has no Cholesky factor."""
+    """H or G + damping has no Cholesky factor."""
 
 
 def block_diagonal(H: Tensor, block: int) -> Tensor:
@@ -74,20 +76,39 @@ def lower_multiply_into(C: Tensor, B: Tensor, out: Tensor, strip: int) -> None:
 
 def damped(H: Tensor, damp: float) -> Tensor:
     """H + damp · mean(diag H) · I.  H (d_in, d_in), or diagonal blocks (b, k, k), whose mean is over all blocks."""
-    amount = damp * H.diagonal(dim1=-2, dim2=-1).mean()
-    return H + amount * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    A = H.clone()
+    A.diagonal(dim1=-2, dim2=-1).add_(damp * diagonal.mean())
+    return A
 
 
-def inverse_factor(A: Tensor) -> Tensor:
+def inverse_factor(A: Tensor, *, name: str = "H", remedy: str = "more calibration tokens or more damping help") -> Tensor:
     """U, upper triangular with A⁻¹ = Uᵀ U.  A (d_in, d_in) symmetric positive definite, in A's dtype.
 
-    U = flip(inv(chol(flip A))) instead of Cholesky, inverse and Cholesky again, and the Cholesky factor and its inverse together.
-    Raises NotPositiveDefiniteError with the pivot that failed.
+    U = flip(inv(chol(flip A))) instead of Cholesky, inverse and Cholesky again, and the Cholesky factor and its
+    inverse together.  Raises NotPositiveDefiniteError with the pivot that failed, the `name` of what was damped
+    and the `remedy`.
     """
     inverse, failed = inverse_cholesky(A.flip(0, 1))
     if failed or not inverse.diagonal().isfinite().all():
         pivot = A.shape[0] - failed
-        raise NotPositiveDefiniteError(
-            f"H + damping is not positive definite (pivot {pivot} of {len(A)}); more calibration tokens or more damping help"
-        )
+        raise NotPositiveDefiniteError(f"{name} + damping is not positive definite (pivot {pivot} of {len(A)}); {remedy}")
     return inverse.flip(0, 1)
+
+
+def pack_symmetric(A: Tensor) -> Tensor:
+    """The lower triangle of A (n, n), row after row: (n (n + 1) / 2,).  What is above the diagonal is not looked at."""
+    return torch.cat([A[row, : row + 1] for row in range(len(A))])
+
+
+def unpack_symmetric(packed: Tensor, strip: int = 1024) -> Tensor:
+    """The symmetric matrix (n, n) of which `pack_symmetric` gave `packed`."""
+    n = math.isqrt(2 * len(packed))
+    A = packed.new_zeros(n, n)
+    for row, part in enumerate(packed.split(list(range(1, n + 1)))):
+        A[row, : row + 1] = part
+    for start in range(0, n, strip):  # nearly all of what is above the diagonal, without another matrix of that size
+        stop = start + strip
+        A[start:stop, stop:] = A[stop:, start:stop].T
+        A[start:stop, start:stop] += A[start:stop, start:stop].tril(-1).T
+    return A

@@ -26,8 +26,9 @@ def floor_seconds(shape: Shape) -> float:
 
 
 def disk_bytes(shape: Shape) -> int:
-    """What lies beside the unfinished checkpoint: G of every linear, two bytes an element."""
-    return int(2 * shape.total(lambda layer: layer.curvature)) if shape.rows else 0
+    """What lies beside the unfinished checkpoint: the lower triangle of G of every linear in float32."""
+    triangles = shape.total(lambda layer: sum(4 * d_out * (d_out + 1) // 2 for d_out, _ in layer.linears))
+    return int(triangles) if shape.rows else 0
 
 
 def graph_bytes(shape: Shape, layer: LayerShape) -> float:

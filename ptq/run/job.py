@@ -37,10 +37,13 @@ class Job:
 def do_layers(
     job: Job, unfinished: Unfinished, ranks: Ranks, progress: Callable[[str, str], None] = lambda what, name: None
 ) -> None:
-    """All layers are in the unfinished folder afterwards.  progress("importance" | "quantize", layer) as each is done.
+    """All layers are in the unfinished folder afterwards, if they are not in the output already.
 
-    Raises ValueError for row feedback on several ranks that are to be deterministic: G is added up rank by rank.
+    progress("importance" | "quantize", layer) as each is done.  Raises ValueError for row feedback on several ranks
+    that are to be deterministic: G is added up rank by rank.
     """
+    if unfinished.complete:
+        return
     if job.plan.row_feedback and ranks.deterministic and ranks.size > 1:
         raise ValueError("--row-feedback is not --deterministic on several ranks; use one rank, or leave one of the two out")
     share = ranks.shard(len(job.calibration))

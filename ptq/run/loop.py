@@ -24,6 +24,7 @@ from ptq.run.plan import GroupPlan, Matrix, Pass, Plan, make_plan
 from ptq.run.recipe import Recipe, Rules
 from ptq.run.solve import Record, SolvedRows, Statistics, gather_matrix, make_record, solve_matrix
 from ptq.runtime.adapter import Adapter, Layer, LayerPlan
+from ptq.runtime.checks import check_float32
 from ptq.runtime.clock import phase
 from ptq.runtime.distributed import Ranks, shard_rows
 
@@ -90,6 +91,7 @@ def quantize_layers(
     calibrated with.
     `sums_of`: where sums come from if not from the calibration's tokens (ptq.run.shared_hessians).
     """
+    check_float32()
     check_calibration(plan, calibration, sums_of)
     loop = LayerLoop(adapter, plan, calibration, ranks or Ranks(), on_host, sums_of)
     first = 0 if loop.stream else finished

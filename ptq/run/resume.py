@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 import ptq
 from ptq.calibrate.importance import TokenImportance, to_keep
+from ptq.core.linalg import unpack_symmetric
 from ptq.export.checkpoint import Formats, check_layer, layer_tensors, restore_layer, shard_name
 from ptq.export.files import save_tensors, save_text
 from ptq.export.layout import Layout
@@ -32,21 +34,33 @@ from ptq.runtime.distributed import Ranks
 
 
 def code_version() -> str:
-    """Version and hash of the sources that the result depends on."""
+    """Hash of the sources that the result depends on, and the versions of ours and of what computes."""
     root = Path(ptq.__file__).parent
     digest = hashlib.sha256()
     folders = [folder for folder in root.iterdir() if folder.name not in ("cost", "eval")]
     for path in sorted(path for folder in [root, *folders] for path in folder.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
-    return f"{ptq.__version__} {digest.hexdigest()[:16]}, torch {torch.__version__}"
+    packages = ", ".join(f"{name} {installed(name)}" for name in ("torch", "transformers", "triton"))
+    return f"{ptq.__version__} {digest.hexdigest()[:16]}, {packages}"
 
 
-def fingerprint(model: Mapping[str, object], calibration: Tensor | None, settings: Mapping[str, object]) -> dict:
-    """What the bytes of the result depend on.  `model`: by file, what identifies it."""
+def installed(package: str) -> str:
+    """The version; "none" for a package that is not there under that name."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def fingerprint(
+    model: Mapping[str, object], calibration: Tensor | None, settings: Mapping[str, object], device: torch.device | str = "cpu"
+) -> dict:
+    """What the bytes of the result depend on.  `model`: by file, what identifies it (ptq.models.identity)."""
     digest = None if calibration is None else hashlib.sha256(calibration.cpu().contiguous().numpy().tobytes()).hexdigest()
     shape = None if calibration is None else list(calibration.shape)
+    place = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
     about = {"model": dict(model), "calibration": {"tokens": shape, "sha256": digest}, "settings": dict(settings)}
-    return json.loads(json.dumps(about | {"code": {"version": code_version()}}))
+    return json.loads(json.dumps(about | {"code": {"version": code_version()}, "device": {"name": place}}))
 
 
 def differences(before: dict, after: dict) -> list[str]:
@@ -61,7 +75,8 @@ def differences(before: dict, after: dict) -> list[str]:
 
 
 class Unfinished:
-    """The folder beside `output`.  `finished`: how many layers are done, from the first on.
+    """The folder beside `output`.  `finished`: how many layers are done, from the first on.  `complete`: the output
+    is there, of the same fingerprint, and the run was ended while it cleared up; only `finish` is to be called.
 
     With `resume`, what is there is gone on with.  Rank 0 of the ranks writes, the others read; on several machines they must see
     the same folder.  Raises ValueError where an unfinished run is there and `resume` is not given, where its fingerprint is another
@@ -81,22 +96,23 @@ class Unfinished:
             except ValueError:
                 self._unlock()
                 raise
-        self.finished: int = ranks.all_gather_object(
-            next((n for n in range(layers) if not self._record_path(n).is_file()), layers)
-        )[0]
+        done = next((n for n in range(layers) if not self._record_path(n).is_file()), layers)
+        self.finished: int
+        self.complete: bool
+        self.finished, self.complete = ranks.all_gather_object((done, is_complete(output)))[0]
 
     def _open(self, about: dict, resume: bool) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sync(self.folder.parent)
+        self._lock = lock(self.folder)
         path = self.folder / "fingerprint.json"
+        if not self.checkpoint.is_dir() and not is_complete(self.output):
+            self._empty()  # new, or what is left of a finished run whose output is elsewhere by now
         if path.is_file() and not resume:
             raise ValueError(f"{self.folder} holds an unfinished run; go on with --resume, or remove it")
-        self.checkpoint.mkdir(parents=True, exist_ok=True)
-        (self.folder / "layers").mkdir(exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing to {self.folder}") from None
         if not path.is_file():
+            self.checkpoint.mkdir(exist_ok=True)
+            (self.folder / "layers").mkdir(exist_ok=True)
             save_text(path, json.dumps(about, indent=1) + "\n")
         differ = differences(json.loads(path.read_text()), about)
         if differ:
@@ -104,12 +120,18 @@ class Unfinished:
                 f"{self.folder} is of another run: {'; '.join(differ)}.  Remove it, or give what it was begun with"
             )
 
-    def _unlock(self) -> bool:
-        """Whether it was locked."""
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            os.close(lock)
-        return lock is not None
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _empty(self) -> None:
+        """Removes what is in the folder, the fingerprint last: as long as there is anything, it says of which run."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "fingerprint.json"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _record_path(self, index: int) -> Path:
         return self.folder / "layers" / f"{index:05}.json"
@@ -144,19 +166,28 @@ class Unfinished:
         return load_file(path) if path.is_file() else None
 
     def finish(self) -> None:
-        """The checkpoint becomes the output; nothing else stays."""
-        self.checkpoint.rename(self.output)
-        shutil.rmtree(self.folder)
+        """The checkpoint becomes the output, all of it on the disk for good; nothing else stays.
+
+        Killed before the output has its name, a later run goes on; killed after, it finds that all is `complete`.
+        """
+        if not self.complete:
+            for path in [*self.checkpoint.rglob("*"), self.checkpoint]:
+                sync(path)
+            self.checkpoint.rename(self.output)
+            sync(self.output.parent)
+            sync(self.folder)
+        self._empty()
+        self.folder.rmdir()
+        self._unlock()
 
     def close(self) -> None:
-        """Lets go of the folder, and removes it where nothing of worth is in it."""
-        if (
+        """Lets go of the folder, and removes it before where nothing of worth is in it."""
+        try:
+            worthless = not any(self.folder.glob("layers/*")) and self.load_importance() is None
+            if self._lock is not None and worthless and self.folder.exists():
+                shutil.rmtree(self.folder)
+        finally:
             self._unlock()
-            and self.folder.exists()
-            and not any((self.folder / "layers").iterdir())
-            and self.load_importance() is None
-        ):
-            shutil.rmtree(self.folder)
 
     @contextmanager
     def writer(self, formats: Formats, layout: Layout) -> Iterator["LayerWriter"]:
@@ -168,7 +199,8 @@ class Unfinished:
 
 
 class Curvature(Mapping[str, Tensor]):
-    """G of each linear by full name, a file each, read when it is asked for: a model's may be more than its weights."""
+    """G of each linear by full name, a file each with its lower triangle, read when it is asked for: a model's may
+    be more than its weights."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -178,7 +210,7 @@ class Curvature(Mapping[str, Tensor]):
         save_tensors(self._folder / f"{name}.safetensors", {"G": to_keep(G)})
 
     def __getitem__(self, name: str) -> Tensor:
-        return load_file(self._folder / f"{name}.safetensors")["G"]
+        return unpack_symmetric(load_file(self._folder / f"{name}.safetensors")["G"])
 
     def __iter__(self) -> Iterator[str]:
         return (path.stem for path in sorted(self._folder.glob("*.safetensors")))
@@ -221,3 +253,31 @@ class LayerWriter:
 
 def unfinished_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.unfinished")
+
+
+def is_complete(output: Path) -> bool:
+    """Whether the output of a run is there whole, though what was beside it is not all removed."""
+    folder = unfinished_folder(output)
+    return output.exists() and (folder / "fingerprint.json").is_file() and not (folder / "checkpoint").exists()
+
+
+def lock(folder: Path) -> int:
+    """The descriptor whose close lets go of the folder.  Raises ValueError where another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise BlockingIOError  # it was removed between the two calls, by the process that had it
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another process is writing to {folder}") from None
+    return descriptor
+
+
+def sync(path: Path) -> None:
+    """The content of a file, or the names in a folder, are on the disk afterwards."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -17,7 +17,7 @@ def summary(report: dict) -> str:
     scores = {name: value for name, value in report.items() if isinstance(value, dict) and "ppl" in value}
     if scores:
         first = next(iter(scores.values()))
-        lines.append(f"{first['tokens']} tokens in windows of {first['window']}:")
+        lines.append(f"{first['tokens']} tokens in windows of {first['window']}, scored in {first['dtype']}:")
         lines.append(f"  {'':10} {'token ppl':>10} {'KL (nats)':>10}")
         lines += [f"  {name:10} {value['ppl']:10.3f} {value['kl']:10.5f}" for name, value in scores.items()]
     if "reload_max_abs_diff" in report:

@@ -1,0 +1,87 @@
+"""Model files are known by their contents."""
+
+import itertools
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ptq.models import identity, loading
+from ptq.models.identity import RAW_PIECE, RAW_PIECES, ModelFiles, digest, pieces, spans
+from ptq.run.resume import code_version, fingerprint
+
+from .test_script import main  # noqa: F401  # a fixture
+from .tiny import save_tiny
+
+
+@pytest.mark.parametrize("whole", [identity.WHOLE, 0], ids=["whole", "sampled"])
+def test_one_weight_of_one_layer_makes_another_model(tmp_path, whole):
+    save_tiny(tmp_path)
+    files = loading.open_model(str(tmp_path))[2]
+    before, path = files.identity(whole=whole), tmp_path / "model.safetensors"
+    assert before == files.identity(whole=whole) and before.keys() == {"model.safetensors", "config.json"}
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"][-1, 3] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    after = files.identity(whole=whole)
+    assert after["model.safetensors"] != before["model.safetensors"] and after["config.json"] == before["config.json"]
+
+
+def test_every_tensor_of_a_large_file_is_sampled(tmp_path):
+    """Its first, middle and last weight count, and what is merged into any one matrix does."""
+    path, tensors = tmp_path / "model.safetensors", {name: torch.zeros(512, 512) for name in "abc"}
+    save_file(tensors, path)
+    read = sum(end - begin for begin, end in spans(path, path.stat().st_size))
+    assert read < 0.1 * path.stat().st_size
+    seen = {digest(path, whole=0)}
+    for name, place in itertools.product("abc", [0, 512 * 256, 512 * 512 - 1]):
+        changed = tensors | {name: tensors[name].clone()}
+        changed[name].view(-1)[place] = 1
+        save_file(changed, path)
+        seen.add(digest(path, whole=0))
+    for name in "abc":
+        save_file(tensors | {name: torch.randn(512, 2) @ torch.randn(2, 512)}, path)
+        seen.add(digest(path, whole=0))
+    assert len(seen) == 1 + 9 + 3
+
+
+@pytest.mark.parametrize("size", [5 * 10**9, 140 * 10**9])
+def test_a_large_file_of_unknown_tensors_is_sampled_densely(tmp_path, size):
+    (tmp_path / "model.gguf").touch()
+    found = list(spans(tmp_path / "model.gguf", size))
+    assert len(found) >= RAW_PIECES and found[0][0] == 0 and found[-1][1] == size
+    assert all(end - begin == RAW_PIECE for begin, end in found)
+    assert all(0 < later[0] - sooner[1] < 2**23 for sooner, later in itertools.pairwise(found))
+
+
+def test_pieces_of_what_is_small_are_all_of_it(tmp_path):
+    assert list(pieces(5, 105, 3, 40)) == [(5, 105)]
+    path = tmp_path / "model.bin"
+    path.write_bytes(os.urandom(100_000))
+    before = digest(path, whole=0)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert digest(path, whole=0) != before
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit_too(tmp_path, monkeypatch):
+    folder = tmp_path / "models--some--model" / "snapshots" / "c0ffee"
+    save_tiny(folder)
+    monkeypatch.setattr(loading, "fetch", lambda _source: str(folder))
+    files = loading.open_model("some/model")[2]
+    assert files.identity() == ModelFiles(files.files).identity() | {"commit": "c0ffee"}
+
+
+def test_a_plan_reads_no_weights(main, tmp_path, monkeypatch):  # noqa: F811
+    def refuse(*_args, **_kwargs):
+        raise AssertionError
+
+    save_tiny(tmp_path)
+    monkeypatch.setattr(identity, "digest", refuse)
+    assert main([str(tmp_path), "--plan", "--device", "cpu"]) == 0
+
+
+def test_versions_and_device_are_part_of_the_fingerprint():
+    version = code_version()
+    assert all(f"{name} " in version for name in ("torch", "transformers", "triton"))
+    assert fingerprint({}, None, {})["device"] == {"name": "cpu"}
