@@ -1,6 +1,9 @@
 """Shared fixtures.  Without a GPU, Triton's kernels run under its interpreter, which must be chosen before they are imported."""
 
+import inspect
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quicker_interpreter() -> None:
+    """Triton's interpreter patches triton.language anew in every call of a kernel's helper, half of all its time.
+
+    The launch around it has done so already, unless the helper sees another module (those of triton.language see its core)."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch: Callable | None = getattr(interpreter, "_patch_lang", None)
+    if patch is None:
+        return
+
+    def patch_once(fn):
+        seen = [value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)]
+        patched = seen and not any(tl.core.is_builtin(module.load) for module in seen)
+        return interpreter._LangPatchScope() if patched else patch(fn)
+
+    interpreter._patch_lang = patch_once
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
@@ -37,6 +60,15 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+
+
+@pytest.fixture
+def gguf_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers parses a GGUF file's fields three times, and makes its table of names for every module: 40 seconds."""
+    import gguf
+
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
 
 
 @pytest.fixture(scope="session")
