@@ -2,7 +2,6 @@
 
 import inspect
 import os
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -19,10 +18,33 @@ SHARED = ROOT.parent / "shared" / "data"
 SMOLLM2 = ROOT / "build" / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: no more than there is memory for, as each imports torch and transformers."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object):
+    """Tests go to workers one by one, but those of a file that share a torchrun together.
+
+    (`--dist loadgroup` would do it by a mark, but pytest-xdist 3.8 writes groups where pytest 9.2 does not read them.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneByOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith("test_distributed.py") else nodeid
+
+    return OneByOne(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if hasattr(config, "workerinput"):  # so that no worker begins a long test when the others are done
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,9 +55,9 @@ def quicker_interpreter() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patch: Callable | None = getattr(interpreter, "_patch_lang", None)
-    if patch is None:
+    if not hasattr(interpreter, "_LangPatchScope"):  # another version of Triton
         return
+    patch = interpreter._patch_lang
 
     def patch_once(fn):
         seen = [value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)]

@@ -25,9 +25,6 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-SHARED = pytest.mark.xdist_group("two ranks")  # one torchrun for all of them
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "report.json"}
 
@@ -63,7 +60,7 @@ def jobs(tmp_path_factory) -> dict[str, Job]:
     return {name: Job(words, folder / name, done) for name, words in given.items()}
 
 
-@SHARED
+@pytest.mark.slow
 def test_two_ranks_give_the_bytes_of_one(main, tmp_path, jobs):  # noqa: F811
     job = jobs["deterministic"]
     assert job.output.is_dir(), job.done.stderr
@@ -71,7 +68,7 @@ def test_two_ranks_give_the_bytes_of_one(main, tmp_path, jobs):  # noqa: F811
     assert contents(tmp_path / "one") == contents(job.output)
 
 
-@SHARED
+@pytest.mark.slow
 @pytest.mark.parametrize("effort", ["default", "best"])
 def test_two_ranks_find_what_one_does(main, tmp_path, jobs, effort):  # noqa: F811
     """The ranks share the rows of a stage (default) or solve whole stages.  Near-ties fall by the order of sums, and what is fed
@@ -91,7 +88,7 @@ def test_two_ranks_find_what_one_does(main, tmp_path, jobs, effort):  # noqa: F8
         assert b["certificate"] < 1e-3
 
 
-@SHARED
+@pytest.mark.slow
 def test_a_rank_with_another_calibration_set_stops_the_job(jobs):
     *before, last = jobs.values()
     assert all(job.output.is_dir() for job in before), last.done.stderr
@@ -99,6 +96,7 @@ def test_a_rank_with_another_calibration_set_stops_the_job(jobs):
     assert list(last.output.parent.glob(f"{last.output.name}*")) == []
 
 
+@pytest.mark.slow
 def test_a_dead_rank_ends_the_job_and_is_named(tmp_path):
     script = str(ROOT / "scripts" / "quantize_llama.py")
     command = [*TORCHRUN, script, *prepare(tmp_path), str(tmp_path / "out")]

@@ -76,6 +76,7 @@ def test_exact_ties_go_to_the_smaller_scale():
         assert search_scales(W, NVFP4, one, prepared)[:, 0].tolist() == [2.0, 2.0, 2.0**-9, 448.0]
 
 
+@pytest.mark.slow
 def test_dead_columns_and_extreme_weights():
     M = torch.zeros(2, 16, 16, device=DEVICE)
     M[0, 5, 5] = 1.0

@@ -77,6 +77,7 @@ for argv in (["--help"], arguments):
 """
 
 
+@pytest.mark.slow
 def test_help_and_a_run_as_a_program(job):
     """In its own process: --help is whole, and a run that is piped draws no bars."""
     *_, output, arguments = job
@@ -178,6 +179,7 @@ def test_stories260k_is_refused_at_once_with_a_remedy_that_works(main, shared, t
     assert main([*arguments, "--ignore", r"re:.*\.mlp\.down_proj$"]) == 0
 
 
+@pytest.mark.slow
 def test_babyllama_loses_half_as_much_as_rtn(main, shared, tmp_path):
     """A trained model that was never quantized, on its own kind of text: calibrated on three stories, evaluated on two others."""
     stories = (shared / "eval_text" / "tinystories_sample.txt").read_text().split("<|endoftext|>")
@@ -192,6 +194,7 @@ def test_babyllama_loses_half_as_much_as_rtn(main, shared, tmp_path):
 
 
 @pytest.mark.skipif(not SMOLLM2.exists(), reason=f"{SMOLLM2} is not there; `make {SMOLLM2.relative_to(ROOT)}` gets it")
+@pytest.mark.slow
 @pytest.mark.usefixtures("gguf_parsed_once")
 @torch.no_grad()
 def test_smollm2_loads_from_gguf_and_reads_back(tmp_path: Path):
