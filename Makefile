@@ -13,8 +13,9 @@ demo: $(INSTALLED) $(MODEL)
 		--evaluate builtin-heldout --windows 12 --output build/demo/checkpoint
 	cp build/demo/checkpoint/report.json build/demo/report.json
 
+# T: arguments of pytest, as in `make test T="tests/test_gptq.py -k panel"`; `make test T="-n 0 --pdb …"` debugs.
 test: $(INSTALLED) $(MODEL)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto $(T)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

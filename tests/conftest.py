@@ -1,6 +1,8 @@
 """Shared fixtures.  Without a GPU, Triton's kernels run under its interpreter, which must be chosen before they are imported."""
 
+import inspect
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,53 @@ SHARED = ROOT.parent / "shared" / "data"
 SMOLLM2 = ROOT / "build" / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: no more than there is memory for, as each imports torch and transformers."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object):
+    """Tests go to workers one by one, but those of a file that share a torchrun together.
+
+    (`--dist loadgroup` would do it by a mark, but pytest-xdist 3.8 writes groups where pytest 9.2 does not read them.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneByOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith("test_distributed.py") else nodeid
+
+    return OneByOne(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if hasattr(config, "workerinput"):  # so that no worker begins a long test when the others are done
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quicker_interpreter() -> None:
+    """Triton's interpreter patches triton.language anew in every call of a kernel's helper, half of all its time.
+
+    The launch around it has done so already, unless the helper sees another module (those of triton.language see its core)."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # another version of Triton
+        return
+    patch = interpreter._patch_lang
+
+    def patch_once(fn):
+        seen = [value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)]
+        patched = seen and not any(tl.core.is_builtin(module.load) for module in seen)
+        return interpreter._LangPatchScope() if patched else patch(fn)
+
+    interpreter._patch_lang = patch_once
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +82,15 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+
+
+@pytest.fixture
+def gguf_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers parses a GGUF file's fields three times, and makes its table of names for every module: 40 seconds."""
+    import gguf
+
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,53 +20,67 @@ from .conftest import ROOT
 from .test_script import main  # noqa: F401  # a fixture
 from .tiny import TEXT, save_tiny
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+# --standalone: on a free port, as several of them may run at once.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-# Every rank reads the text of its own number.
-OTHER_TEXT = f"""
-import os, runpy, sys
-sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv]
-runpy.run_path({str(ROOT / "scripts" / "quantize_llama.py")!r}, run_name="__main__")
-"""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "report.json"}
 
 
-@pytest.fixture
-def arguments(tmp_path) -> list[str]:
-    save_tiny(tmp_path / "model")
-    (tmp_path / "text0.txt").write_text(TEXT)
-    (tmp_path / "text1.txt").write_text(TEXT[::-1])
-    common = ["--calibration", str(tmp_path / "text0.txt"), "--sequences", "9", "--length", "32", "--device", "cpu"]
-    return [str(tmp_path / "model"), *common, "--output"]
+def prepare(folder: Path) -> list[str]:
+    """The arguments of a run, but for the name of its output; text1.txt is another text."""
+    save_tiny(folder / "model")
+    (folder / "text0.txt").write_text(TEXT)
+    (folder / "text1.txt").write_text(TEXT[::-1])
+    common = ["--calibration", str(folder / "text0.txt"), "--sequences", "9", "--length", "32", "--device", "cpu"]
+    return [str(folder / "model"), *common, "--output"]
 
 
-def test_two_ranks_give_the_bytes_of_one(main, tmp_path, arguments):  # noqa: F811
-    script = str(ROOT / "scripts" / "quantize_llama.py")
-    command = [*TORCHRUN, script, *arguments, str(tmp_path / "two"), "--deterministic"]
+class Job(NamedTuple):
+    """What two ranks did with these arguments."""
+
+    arguments: list[str]
+    output: Path
+    done: subprocess.CompletedProcess
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory) -> dict[str, Job]:
+    """By the name of the output.  The last has other texts on the ranks, which ends it and with it torchrun's own run."""
+    folder = tmp_path_factory.mktemp("jobs")
+    arguments = prepare(folder)
+    others = [word.replace("text0", "textRANK") for word in arguments]
+    given = {"deterministic": ["--deterministic", *arguments]}
+    given |= {effort: ["--effort", effort, *arguments] for effort in ("default", "best")} | {"others": others}
+    (folder / "jobs.json").write_text(json.dumps([[*words, str(folder / name)] for name, words in given.items()]))
+    command = [*TORCHRUN, str(ROOT / "tests" / "jobs_of_ranks.py"), str(folder / "jobs.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    assert main([*arguments, str(tmp_path / "one"), "--deterministic"]) == 0
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    return {name: Job(words, folder / name, done) for name, words in given.items()}
 
 
+@pytest.mark.slow
+def test_two_ranks_give_the_bytes_of_one(main, tmp_path, jobs):  # noqa: F811
+    job = jobs["deterministic"]
+    assert job.output.is_dir(), job.done.stderr
+    assert main([*job.arguments, str(tmp_path / "one")]) == 0
+    assert contents(tmp_path / "one") == contents(job.output)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("effort", ["default", "best"])
-def test_two_ranks_find_what_one_does(main, tmp_path, arguments, effort):  # noqa: F811
+def test_two_ranks_find_what_one_does(main, tmp_path, jobs, effort):  # noqa: F811
     """The ranks share the rows of a stage (default) or solve whole stages.  Near-ties fall by the order of sums, and what is fed
     forward from one that falls otherwise changes what comes after it: another solution, of the same quality.  So the first
     layer is compared code by code, and the others by their errors."""
-    arguments = ["--effort", effort, *arguments]
-    script = str(ROOT / "scripts" / "quantize_llama.py")
-    done = subprocess.run(
-        [*TORCHRUN, script, *arguments, str(tmp_path / "two")], capture_output=True, text=True, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr
-    assert main([*arguments, str(tmp_path / "one")]) == 0
-    ours, theirs = (load_file(tmp_path / ranks / shard_name(0, 2)) for ranks in ("two", "one"))
+    job = jobs[effort]
+    assert job.output.is_dir(), job.done.stderr
+    assert main([*job.arguments, str(tmp_path / "one")]) == 0
+    folders = {"one": tmp_path / "one", "two": job.output}
+    ours, theirs = (load_file(folders[ranks] / shard_name(0, 2)) for ranks in ("two", "one"))
     assert all((tensor == theirs[name]).float().mean() > 0.98 for name, tensor in ours.items())
-    one, two = (json.loads((tmp_path / ranks / "report.json").read_text())["linears"] for ranks in ("one", "two"))
+    one, two = (json.loads((folders[ranks] / "report.json").read_text())["linears"] for ranks in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a["tokens"] == b["tokens"] and a["dead_inputs"] == b["dead_inputs"] and a["name"] == b["name"]
         for name in ("error", "rtn_error", "validation_error", "moved_scales"):
@@ -73,18 +88,18 @@ def test_two_ranks_find_what_one_does(main, tmp_path, arguments, effort):  # noq
         assert b["certificate"] < 1e-3
 
 
-def test_a_rank_with_another_calibration_set_stops_the_job(tmp_path, arguments):
-    (tmp_path / "wrapper.py").write_text(OTHER_TEXT)
-    arguments[2] = str(tmp_path / "textRANK.txt")
-    command = [*TORCHRUN, str(tmp_path / "wrapper.py"), *arguments, str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode != 0 and "rank 1 has another calibration set than rank 0" in done.stderr
-    assert sorted(path.name for path in tmp_path.glob("out*")) == []
+@pytest.mark.slow
+def test_a_rank_with_another_calibration_set_stops_the_job(jobs):
+    *before, last = jobs.values()
+    assert all(job.output.is_dir() for job in before), last.done.stderr
+    assert last.done.returncode != 0 and "rank 1 has another calibration set than rank 0" in last.done.stderr
+    assert list(last.output.parent.glob(f"{last.output.name}*")) == []
 
 
-def test_a_dead_rank_ends_the_job_and_is_named(tmp_path, arguments):
+@pytest.mark.slow
+def test_a_dead_rank_ends_the_job_and_is_named(tmp_path):
     script = str(ROOT / "scripts" / "quantize_llama.py")
-    command = [*TORCHRUN, script, *arguments, str(tmp_path / "out")]
+    command = [*TORCHRUN, script, *prepare(tmp_path), str(tmp_path / "out")]
     job = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     while not (tmp_path / "out.unfinished" / "layers").is_dir():
         assert job.poll() is None, job.communicate()[1]

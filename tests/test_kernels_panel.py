@@ -56,7 +56,9 @@ def loss(x, q, scales, A, k):
 
 
 @pytest.mark.parametrize(
-    "format,panel,outer", [(NVFP4, 16, 16), (NVFP4, 16, 32), (NVFP4, 64, 64), (SMALL_INT4, 64, 64)], ids=str
+    "format,panel,outer",
+    [(NVFP4, 16, 16), (NVFP4, 16, 32), (NVFP4, 64, 64), (SMALL_INT4, 64, 64)],
+    ids=lambda value: getattr(value, "name", value),
 )
 def test_sweep_keeps_the_loss_identity(format, panel, outer):
     x, A, U = problem(5, 64)

@@ -36,6 +36,7 @@ def every_bfloat16(seed):
     return W if W.is_cuda else torch.where(W.float().abs() < 2.0**-126, 0, W)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f"{f.name}-{f.block}")
 @pytest.mark.parametrize(
     "tensor_scale", [1.0, 2.0**-7, *(pytest.param(s, marks=pytest.mark.gpu) for s in (2.0**-100, 2.0**100, 2.0**-60 / 3))]
@@ -82,6 +83,7 @@ def test_block_hessian(tokens, columns, block, dtype):
     assert (found - expected).abs().max() <= 1e-6 * tokens**0.5 * scale
 
 
+@pytest.mark.slow
 def test_drop_in_shapes_and_zeros():
     W = torch.randn(2, 16, 3, device=DEVICE)
     W[1, :, 2] = 0

@@ -36,7 +36,10 @@ def exhaustive(x, s, M, format):
 def assert_exhaustive(W, format, M, rtol):
     """Every block's scale has the smallest loss, up to float32 rounding."""
     ts = choose_tensor_scale(W, format)
-    s = search_scales(W, format, ts, None if M is None else prepare(M))
+    assert_smallest(W, search_scales(W, format, ts, None if M is None else prepare(M)), format, ts, M, rtol)
+
+
+def assert_smallest(W, s, format, ts, M, rtol):
     x = rearrange(W.float() / ts, "r (b k) -> r b k", k=format.block)
     best, chosen = exhaustive(x, s, M, format)
     worst = (chosen / best.clamp(min=1e-300)).amax()
@@ -58,7 +61,9 @@ def weights(rows, columns, dtype, seed=1):
 )
 def test_search_is_exhaustive(format, condition, dtype):
     M = None if condition is None else spd(2, format.block, condition)
-    assert_exhaustive(weights(33, 2 * format.block, dtype), format, M, 2e-6)
+    # A second program where the search is not a long one: under the interpreter, programs cost time and rows do not.
+    rows = 31 if condition == 300.0 else 33
+    assert_exhaustive(weights(rows, 2 * format.block, dtype), format, M, 2e-6)
 
 
 def test_exact_ties_go_to_the_smaller_scale():
@@ -71,17 +76,18 @@ def test_exact_ties_go_to_the_smaller_scale():
         assert search_scales(W, NVFP4, one, prepared)[:, 0].tolist() == [2.0, 2.0, 2.0**-9, 448.0]
 
 
+@pytest.mark.slow
 def test_dead_columns_and_extreme_weights():
     M = torch.zeros(2, 16, 16, device=DEVICE)
     M[0, 5, 5] = 1.0
     W = weights(6, 32, torch.float32)
     W[0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
     W[1] = 1e-42
-    one = torch.ones((), device=DEVICE)
-    s = search_scales(W, NVFP4, one, prepare(M))
+    one, ts = torch.ones((), device=DEVICE), choose_tensor_scale(W[2:], NVFP4)
+    s = search_scales(W, NVFP4, ts, prepare(M))
     assert s[0, 1] < 448 and s.isfinite().all() and (s[1] == 2.0**-9).all()
-    assert torch.equal(s[:, 1], search_scales(W, NVFP4, one)[:, 1])
-    assert_exhaustive(W[2:], NVFP4, M, 2e-6)
+    assert torch.equal(s[:, 1:], search_scales(W[:, 16:], NVFP4, ts))
+    assert_smallest(W[2:], s[2:], NVFP4, ts, M, 2e-6)
     tiny = search_scales(W[2:] * 2.0**-100, MXFP4, one)
     assert torch.equal(tiny * 2.0**100, search_scales(W[2:], MXFP4, one))
 

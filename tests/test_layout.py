@@ -54,6 +54,7 @@ def test_root_folders_are_linked_and_have_no_init(folder):
     assert not (ROOT / folder / "__init__.py").exists(), "it would shadow or be shadowed by Hugging Face's package `kernels`"
 
 
+@pytest.mark.slow
 def test_transformers_imports_from_the_root(tmp_path):
     """A top-level `kernels` folder must not break transformers' search for the package of that name."""
     code = "import transformers.integrations.hub_kernels, ptq.models.adapter"

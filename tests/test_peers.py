@@ -24,6 +24,7 @@ def python_of(peer: str) -> str:
     return str(python)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["absmax", "mse", "local", "joint"])
 def test_int4_gptq_has_the_codes_of_llm_compressor(tmp_path, rule):
     """Same W, H, damping and scales: those our loop chose, which theirs takes as given.
@@ -55,6 +56,7 @@ def test_int4_gptq_has_the_codes_of_llm_compressor(tmp_path, rule):
     assert steps.any(1).float().mean() < 0.1
 
 
+@pytest.mark.slow
 def test_a_recipe_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
     script = module_of("compare_peers")
     save_tiny(tmp_path / "model", dtype=torch.bfloat16)

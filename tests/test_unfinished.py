@@ -63,6 +63,7 @@ def job(tmp_path) -> list[str]:
     return [str(tmp_path / "model"), *text, "--token-importance", "sampled"]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path, job):
     """Three kills here; CONTRIBUTING.md has the command for more."""
     command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), "3", "0", str(tmp_path), *job, "--device", "cpu"]
@@ -96,6 +97,7 @@ def test_an_unfinished_run_is_offered_and_one_of_other_settings_is_refused(main,
     assert contents(output) == contents(tmp_path / "again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [["--effort", "fast", "--token-importance", "none"], ["--effort", "best"], ["--drift", "half"]], ids=" ".join
 )
