@@ -1,6 +1,6 @@
-"""The 4-bit formats as data, and the plain-torch reference that rounds to them.
+"""The formats as data, and the plain-torch reference that rounds to them.
 
-A format is a set of sixteen element values (E2M1 or INT4), a block of weights that share one scale, and a grid of scales that
+A format is a set of element values (E2M1, INT4, E4M3), a block of weights that share one scale, and a grid of scales that
 can be stored (E4M3, E8M0, bfloat16).  NVFP4 adds one fp32 `tensor_scale` per tensor:
 
     w = value(code) · scale · tensor_scale
@@ -14,9 +14,13 @@ Sources: OCP Microscaling Formats v1.0 (E2M1, E8M0, MXFP4); NVIDIA's NVFP4 (E4M3
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ptq.core.activations import ActivationFormat
 
 
 def round_e2m1(x: Tensor) -> Tensor:
@@ -31,6 +35,11 @@ def round_int4(x: Tensor) -> Tensor:
     return x.round().clamp(-8, 7)
 
 
+def round_e4m3(x: Tensor) -> Tensor:
+    """Nearest E4M3 value in x's dtype, ties to the even mantissa; beyond 448 saturates."""
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype)
+
+
 def encode_e2m1(values: Tensor) -> Tensor:
     """Codes (uint8) of E2M1 values: bit 3 is the sign, bits 0-2 the rank of the magnitude.  Negative zero becomes code 0."""
     magnitudes = torch.tensor(E2M1_MAGNITUDES, dtype=values.dtype, device=values.device)
@@ -43,12 +52,17 @@ def encode_int4(values: Tensor) -> Tensor:
     return (values + 8).to(torch.uint8)
 
 
+def encode_e4m3(values: Tensor) -> Tensor:
+    """Codes (uint8) of E4M3 values: their bits.  Negative zero becomes code 0."""
+    return (values + 0.0).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
 class Elements:
-    """Sixteen values and how a scaled weight becomes one of them.
+    """The values of codes 0, 1, … of `bits` bits, and how a scaled weight becomes one of them.
 
     `saturation`: no value is larger in magnitude.  `dead_zone`: magnitudes up to here round to 0.
     `halving_range`: for |x| ≤ halving_range · s the grid of scale s/2 is at least as close to x as that of s (every value of
@@ -62,6 +76,7 @@ class Elements:
     saturation: float
     dead_zone: float
     halving_range: float
+    bits: int = 4
 
 
 E2M1 = Elements(
@@ -81,6 +96,16 @@ INT4 = Elements(
     saturation=8.0,
     dead_zone=0.5,
     halving_range=3.5,
+)
+FP8 = Elements(
+    "e4m3",
+    values=tuple(torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().tolist()),  # codes 127 and 255 are NaN
+    round=round_e4m3,
+    encode=encode_e4m3,
+    saturation=448.0,
+    dead_zone=2.0**-10,
+    halving_range=224.0,
+    bits=8,
 )
 
 
@@ -154,7 +179,8 @@ def nearest_bf16(amax: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Format:
     """How a weight is stored: `block` consecutive weights share one scale.  `absmax` maps a block's largest magnitude to a
-    scale; `scheme` is the name of the layout in a compressed-tensors checkpoint."""
+    scale; `scheme` is the name of the layout in a compressed-tensors checkpoint.  `activation`: what the linear's inputs are
+    rounded to where it runs; None, they are left as they are."""
 
     name: str
     block: int
@@ -163,10 +189,11 @@ class Format:
     absmax: Callable[[Tensor], Tensor]
     tensor_scale: bool
     scheme: str
+    activation: "ActivationFormat | None" = None
 
     @property
     def bits_per_weight(self) -> float:
-        return 4 + 8 * self.grid.dtype.itemsize / self.block
+        return self.elements.bits + 8 * self.grid.dtype.itemsize / self.block
 
 
 NVFP4 = Format("nvfp4", 16, E2M1, E4M3, nearest_e4m3, True, "nvfp4-pack-quantized")

@@ -11,10 +11,11 @@ from ptq.core.formats import Format
 
 @dataclass(frozen=True)
 class Quantized:
-    """A weight in 4 bits.
+    """A weight in few bits.
 
-    codes (..., d_in) uint8, 0 … 15.  scales (..., d_in / block) float32, on the format's grid.  tensor_scale () float32.
-    `dim`: where the quantized dimension stood in the tensor; here it is the last.
+    codes (..., d_in) uint8.  scales (..., d_in / block) float32, on the format's grid.  tensor_scale () float32.
+    `dim`: where the quantized dimension stood in the tensor; here it is the last.  `input_scale` () float32: the global
+    scale of its linear's inputs, where their format has one (ptq.core.activations).
     """
 
     codes: Tensor
@@ -22,6 +23,7 @@ class Quantized:
     tensor_scale: Tensor
     format: Format
     dim: int = -1
+    input_scale: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """Q like the tensor that was quantized, float32 = value(code) · (scale · tensor_scale)."""
