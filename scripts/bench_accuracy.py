@@ -19,6 +19,8 @@ import transformers
 from torch import Tensor
 
 from ptq.calibrate.importance import KeptCurvature, TokenImportance, token_importance
+from ptq.calibrate.inputs import inputs_of, quantized_inputs
+from ptq.core.activations import ACTIVATIONS, get_activation
 from ptq.core.formats import FORMATS
 from ptq.core.scales import RULES
 from ptq.data.text import VALIDATION_SEQUENCES, all_windows, read_documents, sample_windows
@@ -33,7 +35,7 @@ from ptq.run.solve import Record
 
 FIELDS = (
     "model format method rule frozen token_importance drift row_feedback effort damp ridge sequences length calibration seed "
-    "test_text windows ppl kl seconds gpu commit"
+    "test_text windows ppl kl seconds gpu commit activations"
 )
 CASES = (
     *("rtn-absmax-none", "rtn-mse-none", "rtn-local-none", "rtn-local-none-full"),
@@ -49,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["nvfp4"])
+    parser.add_argument("--activations", choices=("none", *ACTIVATIONS), default="none", help="what inputs are rounded to")
     parser.add_argument("--block", type=int, help="for int4")
     parser.add_argument("--damp", type=float, nargs="+", default=[0.01])
     parser.add_argument(
@@ -88,13 +91,14 @@ def weights_of(
 def runs_of(args: argparse.Namespace) -> list[tuple[dict, Recipe]]:
     """(the row's settings, what to do) of every run of one seed.  Raises ValueError for a case that there is not."""
     runs = []
+    activation = get_activation(args.activations)
     for name in args.formats:
         format = named_format(name, args.block)
         label = name if name != "int4" else f"{name}_g{format.block}"
         for case in map(settings_of, args.cases):
             for damp in args.damp if case["method"] == "gptq" else args.damp[:1]:
-                settings = {"format": label, **case, "damp": damp, "ridge": args.ridge}
-                runs.append((settings, make_recipe(format, case, damp, ridge=args.ridge)))
+                settings = {"format": label, "activations": args.activations, **case, "damp": damp, "ridge": args.ridge}
+                runs.append((settings, make_recipe(format, case, damp, ridge=args.ridge, activation=activation)))
     return runs
 
 
@@ -119,10 +123,11 @@ def measure(args: argparse.Namespace, runs: list[tuple[dict, Recipe]]) -> Iterat
             quantized = copy.deepcopy(model)
             kind = settings["token_importance"]
             calibration = Calibration(batches, weights[kind], curvatures.get(kind), validation.to(args.device))
-            results = quantize_model(ModelAdapter(quantized), recipe, calibration)
-            records = [record for record, _ in results]
+            results = list(quantize_model(ModelAdapter(quantized), recipe, calibration))
             seconds = round(time.perf_counter() - begin, 2)
-            yield settings | {"seed": seed, "seconds": seconds}, scores(model, quantized, tests), records
+            with quantized_inputs(quantized, inputs_of({record.name: weight for record, weight in results})):
+                found = scores(model, quantized, tests)
+            yield settings | {"seed": seed, "seconds": seconds}, found, [record for record, _ in results]
 
 
 def scores(model: torch.nn.Module, other: torch.nn.Module, tests: dict[str, Tensor]) -> dict[str, Score]:
@@ -137,12 +142,12 @@ def write_linears(path: Path, settings: dict, records: list[Record]) -> None:
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if fresh:
-            writer.writerow(names + numbers)
+            writer.writerow([*names, *numbers, "activations"])
         for record in records:
+            known = [settings.get(name, "") for name in names]
             found = [getattr(record, number) for number in numbers]
-            writer.writerow(
-                [settings.get(name, "") for name in names] + [f"{x:.5g}" if isinstance(x, float) else x for x in found]
-            )
+            rounded = [f"{value:.5g}" if isinstance(value, float) else value for value in found]
+            writer.writerow([*known, *rounded, settings["activations"]])
 
 
 def main() -> int:

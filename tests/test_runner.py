@@ -8,6 +8,7 @@ import torch
 
 from ptq.calibrate.hessian import Hessian
 from ptq.calibrate.importance import token_importance
+from ptq.core.activations import NVFP4_INPUT
 from ptq.core.formats import INT4_G128, MXFP4, NVFP4
 from ptq.models.adapter import ModelAdapter
 from ptq.run.loop import Calibration, quantize_model
@@ -147,7 +148,7 @@ def test_calibration_is_asked_for_where_it_is_needed():
         ({"rule": "best"}, "unknown scale rule 'best'"),
         ({"method": "rtn", "rule": "joint"}, "'joint' follows GPTQ's error feedback"),
         ({"damp": 0.0}, "damp must be positive, not 0.0"),
-        ({"activation": NVFP4}, "activations in nvfp4 are not implemented"),
+        ({"format": MXFP4, "activation": NVFP4_INPUT}, "no engine runs mxfp4 weights on activations in nvfp4"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(arguments, message):

@@ -99,7 +99,7 @@ class Activations:
     def halve(self, phase: str, error: torch.OutOfMemoryError) -> None:
         """Half the batch, once, saying so.  Raises OutOfMemoryError with what to set where that was tried or cannot be."""
         if self.halved or self.batch == 1:
-            place = "" if self.on_host or self.device.type != "cuda" else ", --activations host"
+            place = "" if self.on_host or self.device.type != "cuda" else ", --hidden-states host"
             raise torch.OutOfMemoryError(
                 f"out of memory in phase {phase!r} with {self.batch} sequences at once; set --batch {max(1, self.batch // 2)}"
                 f"{place}, or give fewer or shorter sequences ({str(error).splitlines()[0]})"

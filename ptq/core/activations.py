@@ -48,13 +48,14 @@ class ActivationFormat:
     """How the inputs of a linear are rounded: `block` consecutive features share a scale, None: all of a token.
 
     `step`: (amax of what shares a scale, global scale) -> the step.  `reach`: the largest magnitude at global scale 1; 0 for
-    formats that have no global scale.
+    formats that have no global scale.  `schemes`: of the weights that engines run on it (ptq.core.formats).
     """
 
     name: str
     block: int | None
     elements: Elements
     step: Callable[[Tensor, Tensor], Tensor] | Callable[[Tensor, None], Tensor]
+    schemes: tuple[str, ...]
     reach: float = 0.0
 
     @property
@@ -63,10 +64,10 @@ class ActivationFormat:
         return self.reach > 0
 
 
-NVFP4_INPUT = ActivationFormat("nvfp4", 16, E2M1, nvfp4_step, reach=6 * LARGEST_E4M3)
-MXFP4_INPUT = ActivationFormat("mxfp4", 32, E2M1, mxfp4_step)
-FP8_INPUT = ActivationFormat("fp8", None, FP8, tensor_step, reach=LARGEST_E4M3)
-FP8_TOKEN_INPUT = ActivationFormat("fp8-token", None, FP8, token_step)
+NVFP4_INPUT = ActivationFormat("nvfp4", 16, E2M1, nvfp4_step, ("nvfp4-pack-quantized",), reach=6 * LARGEST_E4M3)
+MXFP4_INPUT = ActivationFormat("mxfp4", 32, E2M1, mxfp4_step, ("mxfp4-pack-quantized",))
+FP8_INPUT = ActivationFormat("fp8", None, FP8, tensor_step, ("float-quantized",), reach=LARGEST_E4M3)
+FP8_TOKEN_INPUT = ActivationFormat("fp8-token", None, FP8, token_step, ("float-quantized",))
 
 ACTIVATIONS = {format.name: format for format in (NVFP4_INPUT, MXFP4_INPUT, FP8_INPUT, FP8_TOKEN_INPUT)}
 

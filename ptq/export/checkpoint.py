@@ -8,6 +8,7 @@ to: a bfloat16 model's are bit-identical.
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from ptq.calibrate.inputs import Input, inputs_of, quantized_inputs
 from ptq.core.formats import Format
 from ptq.core.packing import Quantized
 from ptq.export.files import save_tensors, save_text
@@ -50,21 +52,26 @@ def stored(tensor: Tensor) -> Tensor:
     return tensor.detach().to(DTYPE if tensor.is_floating_point() else tensor.dtype)
 
 
-def stored_weights(layer: Layer, tensors: Mapping[str, Tensor], formats: Formats, layout: Layout) -> dict[str, Tensor]:
+def stored_weights(layer: Layer, tensors: Mapping[str, Tensor], formats: Formats, layout: Layout) -> dict[str, Quantized]:
     """By name in the layer, the weights that `layer_tensors` stored as quantized."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, Quantized] = {}
     for name, _ in layer.module.named_modules():
         full = layer.full_name(name)
         weight = layout.unpack(full, tensors, formats[full]) if full in formats else None
         if weight is not None:
-            found[name] = weight.dequantize()
+            found[name] = weight
     return found
 
 
-def restore_layer(layer: Layer, tensors: Mapping[str, Tensor], formats: Formats, layout: Layout) -> None:
-    """Puts the weights that `layer_tensors` stored as quantized back into the layer's linears."""
-    for name, weight in stored_weights(layer, tensors, formats, layout).items():
-        layer.linear(name).weight.data.copy_(weight)
+def restore_layer(layer: Layer, tensors: Mapping[str, Tensor], formats: Formats, layout: Layout) -> dict[str, Input]:
+    """Puts the weights that `layer_tensors` stored as quantized back into the layer's linears; returns their quantized inputs."""
+    weights = stored_weights(layer, tensors, formats, layout)
+    for name, weight in weights.items():
+        linear = layer.linear(name)
+        linear.weight.data.copy_(weight.dequantize())
+        if weight.input_scale is not None:
+            weights[name] = replace(weight, input_scale=weight.input_scale.to(linear.weight.device))
+    return inputs_of(weights)
 
 
 def check_layer(path: Path, layer: Layer, formats: Formats, layout: Layout) -> None:
@@ -72,7 +79,7 @@ def check_layer(path: Path, layer: Layer, formats: Formats, layout: Layout) -> N
     tensors = load_file(path, device=str(next(layer.module.parameters()).device))
     for name, weight in stored_weights(layer, tensors, formats, layout).items():
         held = layer.linear(name).weight
-        if not torch.equal(weight.to(held.dtype), held):
+        if not torch.equal(weight.dequantize().to(held.dtype), held):
             raise ReadBackError(f"{path} does not read back as written: {layer.full_name(name)} differs; is the disk sound?")
 
 
@@ -106,7 +113,8 @@ def verify(
     folder: Path, adapter: Adapter, tokens: Tensor, formats: Formats, layout: Layout, layers: int | None = None
 ) -> float:
     """Max |logit difference| on `tokens` (n, length) between the checkpoint as transformers loads it and the original with the
-    stored weights in its linears, in bfloat16.  `layers`: only so many, where the whole model is too large to load.
+    stored weights in its linears and their inputs quantized where they are to be, in bfloat16.  `layers`: only so many, where
+    the whole model is too large to load.
 
     `adapter` is of the original.  Raises ReadBackError where a tensor is missing from the checkpoint or
     unexpected in it.
@@ -141,6 +149,7 @@ def layers_that_fit(layers: int, parameters: int, device: torch.device) -> int:
 def restored_logits(folder: Path, adapter: Adapter, tokens: Tensor, formats: Formats, layout: Layout, layers: int) -> Tensor:
     hidden = adapter.embed(tokens)
     for layer in adapter.layers(range(layers)):
-        restore_layer(layer, load_file(folder / shard_name(layer.index, len(adapter.names))), formats, layout)
-        hidden = adapter.forward(layer, hidden)
+        tensors = load_file(folder / shard_name(layer.index, len(adapter.names)))
+        with quantized_inputs(layer.module, restore_layer(layer, tensors, formats, layout)):
+            hidden = adapter.forward(layer, hidden)
     return adapter.logits(hidden)

@@ -1,12 +1,14 @@
 """The compressed-tensors layout, which vLLM, SGLang and transformers load.  Written by our own code.
 
-For a linear `<name>` of shape (d_out, d_in), weights only, activations untouched:
+For a linear `<name>` of shape (d_out, d_in):
 
     nvfp4-pack-quantized   weight_packed U8 (d_out, d_in/2), even column in the low nibble, code = sign << 3 | rank
                            weight_scale F8_E4M3 (d_out, d_in/16);  weight_global_scale F32 [1] = 1 / tensor_scale, a divisor
     mxfp4-pack-quantized   weight_packed as above;  weight_scale U8 (d_out, d_in/32), the exponent plus 127
     pack-quantized         weight_packed I32 (d_out, d_in/8), code = q + 8, first column lowest
                            weight_scale BF16 (d_out, d_in/block);  weight_shape I64 [2]
+
+Where its inputs are quantized (ptq.core.activations), with a global scale: input_global_scale F32 [1], a divisor.
 
 Sources: the compressed-tensors package 0.20 (its files and its loader were the test).
 """
@@ -19,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ptq.core.activations import MXFP4_INPUT, NVFP4_INPUT
 from ptq.core.formats import Format, decode_scales, encode_scales
 from ptq.core.packing import Quantized, pack, pack_int32, unpack
 from ptq.export.files import save_text
@@ -31,6 +34,10 @@ def pack_nvfp4(quantized: Quantized) -> dict[str, Tensor]:
 def pack_mxfp4(quantized: Quantized) -> dict[str, Tensor]:
     scales = encode_scales(quantized.scales, quantized.format.grid)
     return {"weight_packed": pack(quantized.codes), "weight_scale": scales}
+
+
+def pack_input_scale(input_scale: Tensor) -> dict[str, Tensor]:
+    return {"input_global_scale": input_scale.reshape(1)}
 
 
 def pack_int4(quantized: Quantized) -> dict[str, Tensor]:
@@ -46,6 +53,14 @@ SCHEMES = {
     "mxfp4-pack-quantized": (pack_mxfp4, FLOAT | {"strategy": "group", "scale_dtype": "torch.uint8"}),
     "pack-quantized": (pack_int4, FLOAT | {"type": "int", "strategy": "group"}),
 }
+E4M3_SCALES, E8M0_SCALES = {"scale_dtype": "torch.float8_e4m3fn"}, {"scale_dtype": "torch.uint8"}
+INPUTS = {
+    NVFP4_INPUT: FLOAT
+    | E4M3_SCALES
+    | {"strategy": "tensor_group", "group_size": 16, "dynamic": "local", "observer": "static_minmax"},
+    MXFP4_INPUT: FLOAT | E8M0_SCALES | {"strategy": "group", "group_size": 32, "dynamic": True},
+}
+"""What the configuration says of quantized inputs: the presets' own words."""
 
 
 class CompressedTensors:
@@ -55,6 +70,8 @@ class CompressedTensors:
 
     def pack(self, name: str, quantized: Quantized) -> dict[str, Tensor]:
         tensors = SCHEMES[quantized.format.scheme][0](quantized)
+        if quantized.input_scale is not None:
+            tensors |= pack_input_scale(quantized.input_scale)
         return {f"{name}.{key}": tensor.contiguous() for key, tensor in tensors.items()}
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], format: Format) -> Quantized | None:
@@ -65,7 +82,9 @@ class CompressedTensors:
         scale, divisor = tensors[f"{name}.weight_scale"], tensors.get(f"{name}.weight_global_scale")
         scales = decode_scales(scale, format.grid) if scale.dtype == torch.uint8 else scale.float()
         tensor_scale = torch.ones((), device=packed.device) if divisor is None else 1 / divisor[0]
-        return Quantized(unpack(packed.view(torch.uint8)), scales, tensor_scale, format)
+        inputs = tensors.get(f"{name}.input_global_scale")
+        input_scale = None if inputs is None else inputs[0]
+        return Quantized(unpack(packed.view(torch.uint8)), scales, tensor_scale, format, input_scale=input_scale)
 
     def config_files(self, formats: Mapping[str, Format], ignored: tuple[str, ...]) -> dict[str, dict]:
         return {"config.json": {"quantization_config": quantization_config(formats, ignored)}}
@@ -93,7 +112,8 @@ def quantization_config(formats: Mapping[str, Format], ignored: tuple[str, ...])
     for number, format in enumerate(distinct):
         named = ["Linear"] if len(distinct) == 1 else [name for name, its in formats.items() if its == format]
         weights = SCHEMES[format.scheme][1] | {"group_size": format.block}
-        rest = {"input_activations": None, "output_activations": None, "format": format.scheme}
+        inputs = INPUTS[format.activation] if format.activation else None
+        rest = {"input_activations": inputs, "output_activations": None, "format": format.scheme}
         groups[f"group_{number}"] = {"targets": named, "weights": weights, **rest}
     return {
         "quant_method": "compressed-tensors",

@@ -18,6 +18,7 @@ from torch import Tensor
 from ptq.calibrate.activations import embed_all, propagate
 from ptq.calibrate.collect import Original, Stream, Sums, collect
 from ptq.calibrate.importance import TokenImportance
+from ptq.calibrate.inputs import Inputs, calibrate_inputs, quantized_inputs
 from ptq.calibrate.validation import Validation
 from ptq.core.packing import Quantized
 from ptq.run.plan import GroupPlan, Matrix, Pass, Plan, make_plan
@@ -31,6 +32,7 @@ from ptq.runtime.distributed import Ranks, shard_rows
 Shards = list[list[range]]
 """For each matrix and rank, the rows it solves."""
 SumsOf = Callable[[Layer, LayerPlan, Pass, Shards], Sequence[Sums | None]]
+Restore = Callable[[Layer], tuple[int, Inputs]]
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,14 @@ def quantize_layers(
     *,
     ranks: Ranks | None = None,
     finished: int = 0,
-    restore: Callable[[Layer], int] | None = None,
+    restore: Restore | None = None,
     on_host: bool | None = None,
     sums_of: SumsOf | None = None,
 ) -> Iterator[LayerResult]:
     """Quantizes layer by layer, each as the adapter gives it; what `quantize_model` says holds here.
 
     Layers before `finished` are not quantized but restored from disk by `restore`, which returns the batch size they were
-    calibrated with.
+    calibrated with and their quantized inputs.
     `sums_of`: where sums come from if not from the calibration's tokens (ptq.run.shared_hessians).
     """
     check_float32()
@@ -116,6 +118,8 @@ def check_calibration(plan: Plan, calibration: Calibration, sums_of: SumsOf | No
         )
     if plan.drift and sums_of:
         raise ValueError("drift is of one run of quantized layers; Hessians that several methods share know of none")
+    if plan.activations and sums_of:
+        raise ValueError("Hessians that several methods share are of activations as they are; leave activations out")
 
 
 class LayerLoop:
@@ -143,6 +147,7 @@ class LayerLoop:
             hidden = self.stream.hidden
             self.beside = hidden.copy(on_host), hidden.empty_like(on_host)
         self.original: Layer | None = None
+        self.inputs: Inputs = {}
 
     def begin(self, layer: Layer) -> None:
         """Keeps the layer as it is before it is quantized, where that is needed."""
@@ -152,10 +157,10 @@ class LayerLoop:
             assert self.original
             self.stream.original = Original(self.original, *self.beside)
 
-    def restore(self, layer: Layer, restore: Callable[[Layer], int]) -> None:
+    def restore(self, layer: Layer, restore: Restore) -> None:
         """Makes the layer what it was after it had been quantized."""
         assert self.stream
-        self.stream.hidden.batch = restore(layer)
+        self.stream.hidden.batch, self.inputs = restore(layer)
         if self.stream.original:
             self.stream.original.hidden.batch = self.stream.hidden.batch
         self.validate(layer)
@@ -163,11 +168,13 @@ class LayerLoop:
     def quantize(self, layer: Layer) -> LayerResult:
         result = LayerResult(layer, self.stream.hidden.batch if self.stream else 0)
         plan = self.plan.layers[layer.index]
+        with phase("forward"):
+            self.inputs = calibrate_inputs(self.adapter, layer, plan, self.plan.inputs(layer), self.stream)
         for groups in self.plan.passes[layer.index]:
             matrices = [matrix for group in groups for matrix in group.matrices]
             divisible = not any(matrix.recipe.row_feedback for matrix in matrices)
             shards = shard_rows([matrix.shape for matrix in matrices], self.ranks, divisible=divisible)
-            with phase("forward"):
+            with phase("forward"), quantized_inputs(layer.module, self.inputs):
                 sums = list(self.sums_of(layer, plan, groups, shards))
             self.solve(layer, groups, sums, shards, result)
         errors = self.validate(layer)
@@ -201,8 +208,13 @@ class LayerLoop:
                 stop = start + linear.out_features
                 linear.weight.copy_(Q[start:stop])
                 result.records.append(make_record(full, linear, row, facts, matrix.recipe))
-                result.quantized[full] = whole.rows(start, stop)
+                result.quantized[full] = self.stored(whole.rows(start, stop), name, matrix.recipe)
                 start = stop
+
+    def stored(self, weight: Quantized, name: str, recipe: Recipe) -> Quantized:
+        """With what a checkpoint says of the inputs of the linear `name`."""
+        scale = self.inputs[name].global_scale if name in self.inputs else None
+        return replace(weight, format=recipe.stored, input_scale=scale)
 
     def solve_group(
         self, layer: Layer, group: GroupPlan, sums: Sums | None, shards: Shards
@@ -222,7 +234,7 @@ class LayerLoop:
             reason = str(error).splitlines()[0]
             raise torch.OutOfMemoryError(
                 f"out of memory in phase 'solve' of {names}, for matrices of {group.matrices[0].d_in}²; set "
-                f"--activations host, or leave this group to more memory with --ignore ({reason})"
+                f"--hidden-states host, or leave this group to more memory with --ignore ({reason})"
             ) from error
         return list(zip(group.matrices, shards, solved, strict=True))
 
@@ -231,7 +243,7 @@ class LayerLoop:
         if self.validation is None:
             return {}
         assert self.original
-        with phase("report"):
+        with phase("report"), quantized_inputs(layer.module, self.inputs):
             errors = self.validation.measure(self.original, layer, self.plan.layers[layer.index])
         return {layer.full_name(name): error for name, error in errors.items()}
 
@@ -239,7 +251,8 @@ class LayerLoop:
         """The layer's input becomes its output, in both models."""
         with phase("forward"):
             if self.stream:
-                propagate(self.adapter, layer, self.stream.hidden, "forward")
+                with quantized_inputs(layer.module, self.inputs):
+                    propagate(self.adapter, layer, self.stream.hidden, "forward")
             original = self.stream.original if self.stream else None
             if original and original.ran:
                 self.beside = original.output, original.hidden

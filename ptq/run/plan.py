@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from ptq.core.activations import ActivationFormat
 from ptq.core.formats import Format, get_format
 from ptq.run.recipe import Recipe, Rules, as_rules, matches, recipe_of
 from ptq.runtime.adapter import Adapter, Group, Layer, LayerPlan
@@ -63,8 +64,8 @@ class Plan:
 
     @property
     def formats(self) -> dict[str, Format]:
-        """By full name."""
-        return {name: recipe.format for name, recipe in self.recipes.items()}
+        """By full name, with those of the activations."""
+        return {name: recipe.stored for name, recipe in self.recipes.items()}
 
     @property
     def drift(self) -> bool:
@@ -74,6 +75,17 @@ class Plan:
     @property
     def row_feedback(self) -> bool:
         return any(recipe.row_feedback for recipe in self.recipes.values())
+
+    @property
+    def activations(self) -> bool:
+        """Whether there are linears whose inputs are quantized."""
+        return any(recipe.activation for recipe in self.recipes.values())
+
+    def inputs(self, layer: Layer) -> dict[str, ActivationFormat]:
+        """By name inside the layer, the format of those linears' inputs that are quantized."""
+        names = [name for group in self.layers[layer.index].groups for name in group]
+        recipes = {name: self.recipes.get(layer.full_name(name)) for name in names}
+        return {name: recipe.activation for name, recipe in recipes.items() if recipe and recipe.activation}
 
     @property
     def needs_calibration(self) -> str | None:
@@ -116,7 +128,7 @@ def examine(adapter: Adapter, rules: Rules) -> tuple[Plan, list[str]]:
                 recipes[full] = recipe
                 linears[full] = tuple(layer.linear(name).weight.shape)  # type: ignore[assignment]
                 problems += weight_problems(full, layer.linear(name))
-        problems += disagreements(layer, layers[-1], recipes)
+        problems += disagreements(layer, layers[-1], recipes) or split_inputs(layer, layers[-1], recipes)
         passes.append(passes_of(layer, layers[-1], recipes))
     for pattern, recipe in rules:
         if not any(matches(name, pattern) for name in [*ignored, *linears, "lm_head"]):  # lm_head is never quantized
@@ -164,6 +176,18 @@ def disagreements(layer: Layer, plan: LayerPlan, recipes: Mapping[str, Recipe]) 
             found.append(f"--ignore leaves {alone} alone but not {not_alone}; {engines}: ignore all of them or none")
         else:
             found.append(f"{first} is to be {theirs[0]} and {second} {theirs[other]}; {engines}: give them one recipe")
+    return found
+
+
+def split_inputs(layer: Layer, plan: LayerPlan, recipes: Mapping[str, Recipe]) -> list[str]:
+    """Linears that read the same input, of which there is one Hessian, but not with the same activations."""
+    found = []
+    for group in plan.groups:
+        given = {full: recipes[full].activation for full in map(layer.full_name, group) if full in recipes}
+        first = next(iter(given), "")
+        other = next((full for full in given if given[full] != given[first]), None)
+        if other:
+            found.append(f"{first} and {other} read the same input and share its Hessian; give them the same activations")
     return found
 
 

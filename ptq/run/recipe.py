@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ptq.core.activations import ActivationFormat
 from ptq.core.formats import NVFP4, Format
 from ptq.core.scales import RULES
 from ptq.methods import METHODS
@@ -11,8 +12,8 @@ from ptq.methods import METHODS
 
 @dataclass(frozen=True)
 class Recipe:
-    """`format` of the weights, `activation` of the inputs (None: as they are; there is no other yet).  `rule`: how block
-    scales are chosen.  `damp`: relative to mean(diag H).
+    """`format` of the weights, `activation` of the inputs (None: as they are).  `rule`: how block scales are chosen.
+    `damp`: relative to mean(diag H).
 
     `drift` (GPTAQ, Qronos): how much of what earlier layers lost the linear makes good (ptq.calibrate.drift), 0 to 1,
     against a ridge of `ridge` · mean(diag H); `stagewise`: each wave of linears after those before it in the layer are
@@ -25,7 +26,7 @@ class Recipe:
     method: str = "gptq"
     rule: str = "local"
     damp: float = 0.01
-    activation: Format | None = None
+    activation: ActivationFormat | None = None
     drift: float = 0.0
     stagewise: bool = True
     ridge: float = 0.1
@@ -39,8 +40,11 @@ class Recipe:
             raise ValueError(f"unknown scale rule {self.rule!r}; there are {', '.join(RULES)}")
         if self.method == "rtn" and self.rule in ("schur", "joint"):
             raise ValueError(f"scale rule {self.rule!r} follows GPTQ's error feedback, which method rtn has none of; try local")
-        if self.activation is not None:
-            raise ValueError(f"activations in {self.activation.name} are not implemented; leave activation out")
+        if self.activation is not None and self.format.scheme not in self.activation.schemes:
+            raise ValueError(
+                f"no engine runs {self.format.name} weights on activations in {self.activation.name}, which go with "
+                f"{', '.join(self.activation.schemes)}; choose another pair, or no activations"
+            )
         for name in ("damp", "ridge"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -55,10 +59,17 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        return self.method == "gptq" or self.rule == "local" or self.drift > 0
+        scaled = self.activation is not None and self.activation.calibrated
+        return self.method == "gptq" or self.rule == "local" or self.drift > 0 or scaled
+
+    @property
+    def stored(self) -> Format:
+        """The format with that of the activations, which a checkpoint tells of too."""
+        return replace(self.format, activation=self.activation)
 
     def __str__(self) -> str:
-        return f"{self.format.name} by {self.method} with {self.rule}"
+        inputs = f" on activations in {self.activation.name}" if self.activation else ""
+        return f"{self.format.name}{inputs} by {self.method} with {self.rule}"
 
 
 Rules = Sequence[tuple[str, Recipe | None]]

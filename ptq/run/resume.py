@@ -23,6 +23,7 @@ from torch import Tensor
 
 import ptq
 from ptq.calibrate.importance import TokenImportance, to_keep
+from ptq.calibrate.inputs import Inputs
 from ptq.core.linalg import unpack_symmetric
 from ptq.export.checkpoint import Formats, check_layer, layer_tensors, restore_layer, shard_name
 from ptq.export.files import save_tensors, save_text
@@ -144,10 +145,12 @@ class Unfinished:
         about = {"layer": done.layer.name, "batch": done.batch, "records": [asdict(record) for record in done.records]}
         save_text(self._record_path(done.layer.index), json.dumps(about) + "\n")
 
-    def restore(self, layer: Layer, formats: Formats, layout: Layout) -> int:
-        """Makes a layer of the original what it was after it had been finished; returns the batch it ran with."""
-        restore_layer(layer, load_file(self.checkpoint / shard_name(layer.index, self.layers)), formats, layout)
-        return json.loads(self._record_path(layer.index).read_text())["batch"]
+    def restore(self, layer: Layer, formats: Formats, layout: Layout) -> tuple[int, Inputs]:
+        """Makes a layer of the original what it was after it had been finished; returns the batch it ran with, and its quantized
+        inputs."""
+        tensors = load_file(self.checkpoint / shard_name(layer.index, self.layers))
+        inputs = restore_layer(layer, tensors, formats, layout)
+        return json.loads(self._record_path(layer.index).read_text())["batch"], inputs
 
     def records(self) -> list[Record]:
         """Of all finished layers."""

@@ -1,6 +1,6 @@
 """The only hooks in this library."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -62,6 +62,22 @@ def observe_inputs(
         return run()
     except StopForward:
         return None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replace_inputs(replace: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Inside the block each of these linears runs on replace[linear](x) instead of its input x, which is also what observers
+    that come later see; no hook outlives the block."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return replace[module](args[0]), *args[1:]
+
+    handles = [linear.register_forward_pre_hook(hook) for linear in replace]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
