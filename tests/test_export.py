@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from ptq.core.formats import INT4_G128, MXFP4, NVFP4, Format
+from ptq.core.activations import FP8_INPUT, FP8_TOKEN_INPUT, MXFP4_INPUT, NVFP4_INPUT
+from ptq.core.formats import FP8_ROWS, INT4_G128, MXFP4, NVFP4, Format
 from ptq.core.packing import pack_int32
 from ptq.export.checkpoint import (
     ReadBackError,
@@ -92,6 +94,70 @@ def test_formats_by_linear_read_back_bit_for_bit(tmp_path):
     }
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["format"] == "mixed-precision" and len(config["config_groups"]) == 3
+    assert config["ignore"] == ["lm_head", "model.layers.1.mlp.down_proj"]
+
+
+ACTIVE = {
+    "NVFP4": Recipe(NVFP4, "gptq", "joint", activation=NVFP4_INPUT, drift=1.0),
+    "MXFP4": Recipe(MXFP4, "gptq", "joint", activation=MXFP4_INPUT, drift=1.0),
+    "FP8_DYNAMIC": Recipe(FP8_ROWS, "gptq", "mse", activation=FP8_TOKEN_INPUT),
+    "FP8": Recipe(FP8_ROWS, "rtn", "absmax", activation=FP8_INPUT),
+}
+
+
+@pytest.mark.parametrize("preset", ACTIVE)
+def test_quantized_activations_read_back_bit_for_bit(tmp_path, preset):
+    """transformers rounds the inputs too, as our own forward does; the configuration says what the preset of that name says."""
+    adapter, formats = export(tmp_path, format=[("re:.*", ACTIVE[preset])])
+    assert read_back(tmp_path, (adapter, formats)) == 0
+    kept = {name: replace(format, activation=None) for name, format in formats.items()}
+    assert read_back(tmp_path, (adapter, kept)) > 0, "our forward without rounding is another model"
+    group = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    assert QuantizationArgs(**group["input_activations"]) == scheme.input_activations
+    if preset != "FP8":  # which has one weight scale a tensor; ours are by row, as FP8_DYNAMIC's
+        assert scheme.weights is not None  # symmetric weights have no zero point, whose dtype the preset may name
+        assert QuantizationArgs(**group["weights"], zp_dtype=scheme.weights.zp_dtype) == scheme.weights
+
+
+@pytest.mark.parametrize(
+    "preset, key", [("NVFP4", "input_global_scale"), ("FP8", "input_scale"), ("MXFP4", ""), ("FP8_DYNAMIC", "")]
+)
+def test_linears_that_engines_fuse_share_a_power_of_two_for_their_inputs(tmp_path, preset, key):
+    export(tmp_path, format=[("re:.*", ACTIVE[preset])])
+    scales = {name: tensor for name, tensor in stored(tmp_path).items() if ".input_" in name and "norm" not in name}
+    assert set(scales) == {f"{name}.{key}" for name in export_names() if key}
+    if key:
+        q, k, v, o = (scales[f"model.layers.0.self_attn.{x}_proj.{key}"] for x in "qkvo")
+        assert q == k == v != o and all(
+            tensor.shape == (1,) and torch.frexp(tensor).mantissa == 0.5 for tensor in scales.values()
+        )
+
+
+def export_names():
+    return make_plan(ModelAdapter(tiny_model()), Recipe()).linears
+
+
+def test_fp8_is_stored_by_row(tmp_path):
+    export(tmp_path, format=[("re:.*", ACTIVE["FP8"])])
+    name, found = "model.layers.0.mlp.down_proj", stored(tmp_path)
+    layout = {key.removeprefix(f"{name}."): (t.dtype, tuple(t.shape)) for key, t in found.items() if key.startswith(name)}
+    assert layout == {
+        "weight": (torch.float8_e4m3fn, (64, 128)),
+        "weight_scale": (torch.bfloat16, (64, 1)),
+        "input_scale": (torch.float32, (1,)),
+    }
+
+
+def test_w4a4_fp8_and_bfloat16_in_one_checkpoint_read_back_bit_for_bit(tmp_path):
+    rules = [
+        ("re:.*", ACTIVE["NVFP4"]),
+        ("re:.*self_attn", ACTIVE["FP8_DYNAMIC"]),
+        ("model.layers.1.mlp.down_proj", None),
+    ]
+    assert read_back(tmp_path, export(tmp_path, format=rules)) == 0
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert {group["format"] for group in config["config_groups"].values()} == {"nvfp4-pack-quantized", "float-quantized"}
     assert config["ignore"] == ["lm_head", "model.layers.1.mlp.down_proj"]
 
 

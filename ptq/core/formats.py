@@ -176,11 +176,16 @@ def nearest_bf16(amax: Tensor) -> Tensor:
     return (amax / 7.5).clamp(2.0**-126).to(torch.bfloat16).float()
 
 
+def nearest_bf16_for_e4m3(amax: Tensor) -> Tensor:
+    """amax / 448 rounded to bfloat16, at least the smallest normal number."""
+    return (amax / 448).clamp(2.0**-126).to(torch.bfloat16).float()
+
+
 @dataclass(frozen=True)
 class Format:
-    """How a weight is stored: `block` consecutive weights share one scale.  `absmax` maps a block's largest magnitude to a
-    scale; `scheme` is the name of the layout in a compressed-tensors checkpoint.  `activation`: what the linear's inputs are
-    rounded to where it runs; None, they are left as they are."""
+    """How a weight is stored: `block` consecutive weights share one scale, with 0 all of a row.  `absmax` maps a block's
+    largest magnitude to a scale; `scheme` is the name of the layout in a compressed-tensors checkpoint.  `activation`: what the
+    linear's inputs are rounded to where it runs; None, they are left as they are."""
 
     name: str
     block: int
@@ -193,15 +198,21 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
-        return self.elements.bits + 8 * self.grid.dtype.itemsize / self.block
+        """Less the scales of whole rows, which are too few to count."""
+        return self.elements.bits + (8 * self.grid.dtype.itemsize / self.block if self.block else 0)
+
+    def span(self, d_in: int) -> int:
+        """How many weights of a row of d_in share a scale."""
+        return self.block or d_in
 
 
 NVFP4 = Format("nvfp4", 16, E2M1, E4M3, nearest_e4m3, True, "nvfp4-pack-quantized")
 MXFP4 = Format("mxfp4", 32, E2M1, E8M0, floor_exponent, False, "mxfp4-pack-quantized")
 MXFP4_ROUND = Format("mxfp4-round", 32, E2M1, E8M0, round_exponent, False, "mxfp4-pack-quantized")
 INT4_G128 = Format("int4", 128, INT4, BF16, nearest_bf16, False, "pack-quantized")
+FP8_ROWS = Format("fp8", 0, FP8, BF16, nearest_bf16_for_e4m3, False, "float-quantized")
 
-FORMATS = {format.name: format for format in (NVFP4, MXFP4, MXFP4_ROUND, INT4_G128)}
+FORMATS = {format.name: format for format in (NVFP4, MXFP4, MXFP4_ROUND, INT4_G128, FP8_ROWS)}
 
 
 def get_format(name: str) -> Format:

@@ -28,7 +28,7 @@ class Quantized:
     def dequantize(self) -> Tensor:
         """Q like the tensor that was quantized, float32 = value(code) · (scale · tensor_scale)."""
         table = torch.tensor(self.format.elements.values, device=self.codes.device)
-        values = rearrange(table[self.codes.int()], "... (b k) -> ... b k", k=self.format.block)
+        values = rearrange(table[self.codes.int()], "... (b k) -> ... b k", b=self.scales.shape[-1])
         return rearrange(values * (self.scales * self.tensor_scale)[..., None], "... b k -> ... (b k)").movedim(-1, self.dim)
 
     def rows(self, start: int, stop: int) -> "Quantized":

@@ -18,7 +18,9 @@ A dead column (zero row of H) is rounded to nearest by itself: nothing is known 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from math import gcd
 
 import torch
 from einops import rearrange
@@ -65,18 +67,19 @@ def gptq(
     if H is None or H.dim() != 2:
         raise ValueError("method gptq needs the full Hessian H (d_in, d_in)")
     W = W if W.dtype == torch.float64 else W.float()
-    order = visit_order(H, format.block) if block_order else torch.arange(H.shape[0], device=W.device)
+    order = visit_order(H, format.block or 1) if block_order else torch.arange(H.shape[0], device=W.device)
     x, A = (W / tensor_scale)[:, order], damped(H, damp).to(W.dtype)[order[:, None], order]
     with phase("factorization"):
         U = inverse_factor(A)
-    run = kernels.sweep if x.is_cuda and x.dtype == torch.float32 else sweep
+    run = kernels.sweep if x.is_cuda and x.dtype == torch.float32 and format.block else sweep
     run = partial(sweep, frozen=True) if frozen else run
-    columns = max(format.block, panel // format.block * format.block)
+    columns = max(format.block, panel // format.block * format.block) if format.block else panel
     sweep_rows = partial(run, A=A, U=U, format=format, rule=rule, panel=columns)
     q, scales, row_loss = sweep_rows(x) if G is None else sweep_row_panels(x, G, sweep_rows, row_panel or rows_at_once(len(x)))
 
     undo = order.argsort()
-    blocks = rearrange(undo, "(b k) -> b k", k=format.block)[:, 0] // format.block
+    span = format.span(x.shape[1])
+    blocks = rearrange(undo, "(b k) -> b k", k=span)[:, 0] // span
     codes = format.elements.encode(q)[:, undo]
     quantized = Quantized(codes, scales[:, blocks].float().contiguous(), tensor_scale, format)
     delta = x * tensor_scale - quantized.dequantize()[:, order].to(W.dtype)
@@ -120,16 +123,28 @@ def visit_order(H: Tensor, block: int) -> Tensor:
 
 
 def sweep(
-    x: Tensor, A: Tensor, U: Tensor, format: Format, rule: str, panel: int, frozen: bool = False
+    x: Tensor,
+    A: Tensor,
+    U: Tensor,
+    format: Format,
+    rule: str,
+    panel: int,
+    frozen: bool = False,
+    fixed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loop over panels: values q (r, n) in units of the scale, scales (r, n/block), Σ err² per row (r,) float64.
 
-    A (n, n): damped Hessian.  U (n, n): its inverse factor.  `frozen`: scales are those of x (r, n) as it comes.
+    A (n, n): damped Hessian.  U (n, n): its inverse factor.  `frozen`: scales are those of x (r, n) as it comes; where a row
+    has one scale there are no others.  `fixed` (n/block, r): scales to take instead of the rule's.
     """
+    if not format.block:
+        scale = choose_scales(x[None], format, rule)
+        parts = replace(format, block=gcd(x.shape[1], panel))
+        q, scales, loss = sweep(x, A, U, parts, rule, panel, fixed=scale.expand(x.shape[1] // parts.block, -1))
+        return q, scales[:, :1], loss
     H_blocks, U_blocks = block_diagonal(A, format.block), block_diagonal(U, format.block)
-    fixed = (
-        choose_scales(rearrange(x, "r (b k) -> b r k", k=format.block), format, rule, H_blocks, U_blocks) if frozen else None
-    )
+    if frozen:
+        fixed = choose_scales(rearrange(x, "r (b k) -> b r k", k=format.block), format, rule, H_blocks, U_blocks)
     x = x.clone()
     q, scales = torch.empty_like(x), x.new_empty(x.shape[0], x.shape[1] // format.block)
     row_loss = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)

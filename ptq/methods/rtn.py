@@ -35,7 +35,7 @@ def rtn(
         blocks = H if H.dim() == 3 else block_diagonal(H, format.block)
     if W.is_cuda and format.elements is E2M1 and W.dtype == torch.float32:
         return rtn_kernels(W, blocks, format, rule, tensor_scale)
-    x = rearrange(W / tensor_scale, "r (b k) -> b r k", k=format.block)
+    x = rearrange(W / tensor_scale, "r (b k) -> b r k", k=format.span(W.shape[1]))
     codes = torch.empty(x.shape, dtype=torch.uint8, device=W.device)
     scales = torch.empty(x.shape[:2], dtype=torch.float32, device=W.device)
     for start in range(0, x.shape[0], BLOCKS_AT_ONCE):
@@ -56,7 +56,7 @@ def quantize(
     tensor_scale () float32; by default the one `choose_tensor_scale` gives.  Raises ValueError where the block does not divide
     the dimension or a value is not finite.
     """
-    if W.shape[dim] % format.block:
+    if W.shape[dim] % format.span(W.shape[dim]):
         raise ValueError(f"dimension {dim} of {tuple(W.shape)} does not divide into blocks of {format.block}")
     if not torch.isfinite(W).all():
         raise ValueError("W holds non-finite values")

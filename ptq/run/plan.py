@@ -200,7 +200,7 @@ def weight_problems(name: str, linear: nn.Linear) -> list[str]:
 
 
 def block_problems(linears: Mapping[str, tuple[int, int]], recipes: Mapping[str, Recipe]) -> list[str]:
-    misfits = {name: shape for name, shape in linears.items() if shape[1] % recipes[name].format.block}
+    misfits = {name: shape for name, shape in linears.items() if shape[1] % recipes[name].format.span(shape[1])}
     if not misfits:
         return []
     name, (_, d_in) = next(iter(misfits.items()))

@@ -45,6 +45,10 @@ class Recipe:
                 f"no engine runs {self.format.name} weights on activations in {self.activation.name}, which go with "
                 f"{', '.join(self.activation.schemes)}; choose another pair, or no activations"
             )
+        if not self.format.block and self.rule not in ("absmax", "mse"):
+            raise ValueError(
+                f"scale rule {self.rule!r} is about blocks, and {self.format.name} has one scale a row; take absmax or mse"
+            )
         for name in ("damp", "ridge"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")

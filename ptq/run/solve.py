@@ -206,7 +206,7 @@ def gather_matrix(
     """(quantized, stats of each linear, facts) of a matrix on every rank; `solved`: this rank's rows of the `shard`."""
     (d_out, d_in), format = matrix.shape, matrix.recipe.format
     codes = like.new_empty((d_out, d_in), dtype=torch.uint8)
-    scales = like.new_empty((d_out, d_in // format.block), dtype=torch.float32)
+    scales = like.new_empty((d_out, d_in // format.span(d_in)), dtype=torch.float32)
     tensor_scale = like.new_empty((), dtype=torch.float32)
     stats = like.new_zeros((len(matrix.names), len(LinearStats._fields)), dtype=torch.float64)
     facts = like.new_zeros(len(MatrixFacts._fields), dtype=torch.float64)
