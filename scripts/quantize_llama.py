@@ -30,6 +30,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import ptq
 from ptq.calibrate.activations import default_batch
+from ptq.calibrate.inputs import inputs_of, quantized_inputs
+from ptq.core.activations import ACTIVATIONS, get_activation
 from ptq.core.formats import FORMATS, get_format
 from ptq.core.scales import RULES
 from ptq.cost.estimate import disk_bytes
@@ -44,9 +46,10 @@ from ptq.methods import METHODS
 from ptq.models.adapter import ModelAdapter
 from ptq.models.loading import check_fit, load_model, open_model, quiet
 from ptq.run.job import Job, do_layers
-from ptq.run.loop import quantize_model
+from ptq.run.loop import Calibration, quantize_model
 from ptq.run.plan import make_plan, with_block
-from ptq.run.recipe import Recipe, as_rules
+from ptq.run.recipe import Rules, as_rtn, as_rules
+from ptq.run.recipe_file import read_recipe
 from ptq.run.resume import Unfinished, fingerprint, is_complete, unfinished_folder
 from ptq.run.settings import DRIFTS, EFFORTS, IMPORTANCES, make_recipe
 from ptq.run.solve import CertificateError, Record
@@ -55,9 +58,9 @@ from ptq.runtime.distributed import init_process_group, local_device
 
 PLACES = {"auto": None, "device": False, "host": True}
 VERIFY_TOKENS = 128
-SETTINGS = ("format", "method", "effort", "rule", "token_importance", "drift", "row_feedback", "damp", "ignore")
+SETTINGS = ("format", "activations", "method", "effort", "rule", "token_importance", "drift", "row_feedback", "damp", "ignore")
 BYTES_DEPEND_ON = (*SETTINGS, "seed", "dtype", "deterministic")
-SETTINGS += ("calibration", "sequences", "validation", "length", "seed", "evaluate", "windows")
+SETTINGS += ("recipe", "calibration", "sequences", "validation", "length", "seed", "evaluate", "windows")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -65,6 +68,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help="local folder, hub id or .gguf file")
     how = parser.add_argument_group("method")
     how.add_argument("--format", choices=FORMATS, default="nvfp4", help="4-bit format (default: %(default)s)")
+    about = "round inputs too, as engines do: nvfp4 is W4A4 (default: %(default)s)"
+    how.add_argument("--activations", choices=("none", *ACTIVATIONS), default="none", help=about)
+    how.add_argument("--recipe", metavar="FILE", help="YAML with a recipe by linear, instead of what is said here (README)")
     how.add_argument("--method", choices=METHODS, default="gptq", help="rounding method (default: %(default)s)")
     how.add_argument(
         "--effort",
@@ -106,7 +112,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     machine.add_argument("--resume", action="store_true", help="go on with an unfinished run into --output, if there is one")
     machine.add_argument("--batch", type=int, metavar="N", help="sequences that run at once (default: by the model's width)")
     machine.add_argument(
-        "--activations", choices=PLACES, default="auto", help="where hidden states are (default: by their size)"
+        "--hidden-states", choices=PLACES, default="auto", help="where hidden states are (default: by their size)"
     )
     machine.add_argument(
         "--deterministic", action="store_true", help="the same bits on 1, 2, 4 or 8 ranks (torchrun), at some cost"
@@ -124,6 +130,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("sequences", "windows", "length", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < (2 if name == "length" else 1):
             parser.error(f"--{name} {getattr(args, name)}: too few")
+    if args.recipe and (args.format, args.activations, args.block) != ("nvfp4", "none", None):
+        parser.error("--recipe says formats and activations by linear; leave out --format, --block and --activations")
     if args.validation < 0:
         parser.error(f"--validation {args.validation}: 0 or more")
     if args.output is None and args.evaluate is None and not args.plan:
@@ -172,13 +180,19 @@ def preview(args: argparse.Namespace) -> str:
         adapter, _, _ = open_model(args.model, dtype=model_dtype(args), device="cpu")
     return make_preview(
         adapter, as_rules(recipe_of(args), args.ignore), args.sequences, args.length, args.token_importance,
-        batch=args.batch, on_host=PLACES[args.activations], ranks=int(os.environ.get("WORLD_SIZE", 1)),
+        batch=args.batch, on_host=PLACES[args.hidden_states], ranks=int(os.environ.get("WORLD_SIZE", 1)),
         output=args.output or Path("output"),
     ).text()  # fmt: skip
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    return make_recipe(with_block(get_format(args.format), args.block), vars(args), args.damp)
+def recipe_of(args: argparse.Namespace) -> Rules:
+    if args.recipe:
+        rules = read_recipe(Path(args.recipe))
+        if args.token_importance == "none" and any(recipe and recipe.row_feedback for _, recipe in rules):
+            raise ValueError("a rule has row feedback, which needs --token-importance text or sampled")
+        return rules
+    format = with_block(get_format(args.format), args.block)
+    return as_rules(make_recipe(format, vars(args), args.damp, activation=get_activation(args.activations)))
 
 
 def model_dtype(args: argparse.Namespace) -> torch.dtype | None:
@@ -194,9 +208,11 @@ def prepare(args: argparse.Namespace) -> tuple[Job, PreTrainedTokenizerBase, Ten
     plan = make_plan(adapter, recipe, args.ignore)
     calibration, validation, eval_windows = token_windows(args, texts, adapter.model, tokenizer)
     device = torch.device(args.device)
-    settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {"block": recipe.format.block}
+    settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {
+        "rules": [(pattern, one and one.about) for pattern, one in recipe]
+    }
     batch = args.batch or default_batch(adapter.config.hidden_size, args.length, device)
-    place = PLACES[args.activations]
+    place = PLACES[args.hidden_states]
     job = Job(
         adapter, plan, CompressedTensors(), calibration, device, args.token_importance, args.seed, batch, place, validation
     )
@@ -224,7 +240,7 @@ def finish(
     args: argparse.Namespace, job: Job, tokenizer: PreTrainedTokenizerBase, eval_windows: Tensor | None, unfinished: Unfinished
 ) -> dict:
     """Writes what is not in a layer, has transformers read all of it back, and compares; returns the report."""
-    folder, recipe, formats = unfinished.checkpoint, recipe_of(args), job.plan.formats
+    folder, formats = unfinished.checkpoint, job.plan.formats
     write_rest(folder, job.adapter, tokenizer, formats, job.layout, job.plan.ignored)
     layers = layers_that_fit(len(job.adapter.names), job.adapter.parameters(), job.device)
     with quiet():
@@ -232,8 +248,8 @@ def finish(
         difference = verify(folder, job.adapter, tokens, formats, job.layout, layers)
     if difference:
         raise ReadBackError(f"the checkpoint reads back with logits {difference:.3g} away from the model it was made of")
-    label = recipe.method if recipe.method == "gptq" or recipe.rule == "absmax" else f"{recipe.method}-{recipe.rule}"
-    report = describe(args, recipe, unfinished.records(), compare(args, recipe, folder, label, eval_windows))
+    label = args.method if args.method == "gptq" or args.rule == "absmax" else f"{args.method}-{args.rule}"
+    report = describe(args, unfinished.records(), compare(args, job, folder, "recipe" if args.recipe else label, eval_windows))
     return report | {"reload_max_abs_diff": difference, "reload_layers": layers}
 
 
@@ -251,11 +267,11 @@ def token_windows(
     return drawn[: args.sequences], validation, windows[args.evaluate][: args.windows] if args.evaluate else None
 
 
-def describe(args: argparse.Namespace, recipe: Recipe, records: list[Record], scores: dict[str, Score]) -> dict:
+def describe(args: argparse.Namespace, records: list[Record], scores: dict[str, Score]) -> dict:
     """The report but for what writing adds to it."""
     return {
         "model": args.model,
-        "settings": {name: getattr(args, name) for name in SETTINGS} | {"block": recipe.format.block},
+        "settings": {name: getattr(args, name) for name in SETTINGS} | {"block": args.block or get_format(args.format).block},
         **{name: asdict(value) for name, value in scores.items()},
         "linears": [asdict(record) for record in records],
         "versions": {"ptq": ptq.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
@@ -263,17 +279,9 @@ def describe(args: argparse.Namespace, recipe: Recipe, records: list[Record], sc
     }
 
 
-def rounded(model: PreTrainedModel, recipe: Recipe, ignore: list[str]) -> PreTrainedModel:
-    """The model after RTN with absmax scales, in place: the baseline."""
-    for _ in quantize_model(ModelAdapter(model), Recipe(recipe.format, "rtn", "absmax"), ignore=ignore):
-        pass
-    return model
-
-
-def compare(
-    args: argparse.Namespace, recipe: Recipe, folder: Path, label: str, eval_windows: Tensor | None
-) -> dict[str, Score]:
-    """Scores of the original, of RTN with absmax scales, and of the checkpoint as transformers loads it, all in one dtype."""
+def compare(args: argparse.Namespace, job: Job, folder: Path, label: str, eval_windows: Tensor | None) -> dict[str, Score]:
+    """Scores of the original, of RTN with absmax scales, and of the checkpoint as transformers loads it, all in one dtype, each
+    on inputs rounded as they are to be."""
     if eval_windows is None:
         return {}
     with quiet():
@@ -281,8 +289,13 @@ def compare(
         checkpoint = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE, attn_implementation="sdpa").to(args.device)
         checkpoint.eval()(eval_windows[:1, :2].to(args.device))  # weights are unpacked at the first forward
         checkpoint.to(dtype=original.dtype)  # type: ignore[call-arg]
-    models = {"original": original, "rtn": rounded(copy.deepcopy(original), recipe, args.ignore), label: checkpoint}
-    return evaluate(models, tqdm(eval_windows, "evaluate", unit="window", disable=None))
+    baseline = copy.deepcopy(original)
+    batches = job.calibration.to(job.device).split(job.batch) if job.plan.activations else ()
+    rules = as_rtn(as_rules(recipe_of(args), args.ignore))
+    weights = {record.name: weight for record, weight in quantize_model(ModelAdapter(baseline), rules, Calibration(batches))}
+    models = {"original": original, "rtn": baseline, label: checkpoint}
+    with quantized_inputs(baseline, inputs_of(weights)):
+        return evaluate(models, tqdm(eval_windows, "evaluate", unit="window", disable=None))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from ptq.core.activations import ActivationFormat
 from ptq.core.formats import NVFP4, Format
@@ -71,6 +71,13 @@ class Recipe:
         """The format with that of the activations, which a checkpoint tells of too."""
         return replace(self.format, activation=self.activation)
 
+    @property
+    def about(self) -> dict[str, object]:
+        """All of it in JSON's types."""
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        activation = self.activation.name if self.activation else None
+        return known | {"format": self.format.name, "block": self.format.block, "activation": activation}
+
     def __str__(self) -> str:
         inputs = f" on activations in {self.activation.name}" if self.activation else ""
         return f"{self.format.name}{inputs} by {self.method} with {self.rule}"
@@ -84,6 +91,13 @@ def as_rules(recipe: Recipe | Rules, ignore: Iterable[str] = ()) -> Rules:
     """One recipe for all linears, or rules, and after them what to ignore."""
     rules = [("re:.*", recipe)] if isinstance(recipe, Recipe) else list(recipe)
     return [*rules, *((pattern, None) for pattern in ignore)]
+
+
+def as_rtn(rules: Rules) -> Rules:
+    """The same formats by RTN with absmax scales: the baseline."""
+    return [
+        (pattern, recipe and Recipe(recipe.format, "rtn", "absmax", activation=recipe.activation)) for pattern, recipe in rules
+    ]
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -1,0 +1,99 @@
+"""Recipes in YAML: what to do to each linear, as an ordered list of rules.
+
+    - linears: re:.*                      # a full name, or re: and a regular expression
+      format: nvfp4
+      activations: nvfp4
+      effort: default
+    - linears: re:.*self_attn
+      format: fp8
+      activations: fp8-token
+    - linears: re:.*layers\\.0\\.mlp
+      keep: true                          # bfloat16
+
+Of the rules that match a linear the last one holds; a linear that none matches is kept.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ptq.core.activations import get_activation
+from ptq.run.plan import named_format
+from ptq.run.recipe import Recipe, Rules
+from ptq.run.settings import DRIFTS, EFFORTS
+
+LARGEST_FILE = 2**16
+# Key -> the type of its value.
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "linears": str,
+    "keep": bool,
+    "format": str,
+    "block": int,
+    "activations": str,
+    "method": str,
+    "effort": str,
+    "rule": str,
+    "damp": (int, float),
+    "drift": str,
+    "row_feedback": bool,
+}
+
+
+def read_recipe(path: Path) -> Rules:
+    """The rules of a YAML file.  Raises ValueError, naming file and rule, for what is not one or does not fit together."""
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"recipe {path} has {path.stat().st_size} bytes; a recipe has at most {LARGEST_FILE}")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"recipe {path} is no list of rules; a rule begins with '- linears: PATTERN'")
+    rules = []
+    for number, rule in enumerate(found, 1):
+        try:
+            rules.append(parse_rule(rule))
+        except ValueError as error:
+            raise ValueError(f"recipe {path}, rule {number}: {error}") from None
+    return rules
+
+
+def parse_rule(rule: Any) -> tuple[str, Recipe | None]:
+    """(pattern, what to do; None to keep) of one rule.  Raises ValueError as `read_recipe`."""
+    if not isinstance(rule, dict) or "linears" not in rule:
+        raise ValueError(f"{rule!r} does not say which linears it is for; write linears: PATTERN")
+    unknown = [str(key) for key in rule if key not in KEYS]
+    if unknown:
+        raise ValueError(f"unknown key {', '.join(unknown)}; there are {', '.join(KEYS)}")
+    for key, value in rule.items():
+        if not isinstance(value, KEYS[key]) or (isinstance(value, bool) and KEYS[key] is not bool):
+            raise ValueError(f"{key}: {value!r} is of the wrong type")
+    if rule.get("keep"):
+        more = set(rule) - {"linears", "keep"}
+        if more:
+            raise ValueError(f"keep leaves the linears as they are; {', '.join(sorted(more))} say what to do to them")
+        return rule["linears"], None
+    return rule["linears"], recipe_from(rule)
+
+
+def recipe_from(rule: Mapping[str, Any]) -> Recipe:
+    """What keys left out say: format nvfp4, method gptq, and of gptq effort default; of a format with one scale a row, rule mse."""
+    for key, names in (("effort", EFFORTS), ("drift", DRIFTS)):
+        if key in rule and rule[key] not in names:
+            raise ValueError(f"unknown {key} {rule[key]!r}; there are {', '.join(names)}")
+    format, method = named_format(rule.get("format", "nvfp4"), rule.get("block")), rule.get("method", "gptq")
+    if "effort" in rule and method != "gptq":
+        raise ValueError(f"effort is of method gptq, not {method}")
+    usual = EFFORTS[rule.get("effort", "default")] if method == "gptq" else {"rule": "local", "drift": "none"}
+    rule_name = rule.get("rule", usual["rule"] if format.block else "mse")
+    return Recipe(
+        format,
+        method,
+        rule_name,
+        rule.get("damp", 0.01),
+        activation=get_activation(rule.get("activations", "none")),
+        row_feedback=rule.get("row_feedback", usual.get("row_feedback", False)),
+        **DRIFTS[rule.get("drift", usual["drift"])],
+    )
