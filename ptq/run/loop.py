@@ -111,7 +111,8 @@ def check_calibration(plan: Plan, calibration: Calibration, sums_of: SumsOf | No
     """Raises ValueError where the plan needs what the calibration lacks."""
     if plan.needs_calibration and not calibration.batches and not sums_of:
         recipe = plan.recipes[plan.needs_calibration]
-        raise ValueError(f"method {recipe.method} with scale rule {recipe.rule} needs calibration tokens")
+        inputs = f" on activations in {recipe.activation.name}" if recipe.activation else ""
+        raise ValueError(f"method {recipe.method} with scale rule {recipe.rule}{inputs} needs calibration tokens")
     if plan.row_feedback and calibration.curvature is None:
         raise ValueError(
             "row feedback needs the curvature of the loss in every linear's outputs; give what token_importance leaves"
