@@ -55,9 +55,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/accuracy.png"))
     arguments = parser.parse_args()
     with arguments.csv.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["format"] and row["damp"] == "0.01" and row["ridge"] == "0.1"]
+        usual = {"damp": "0.01", "ridge": "0.1", "activations": "none"}
+        rows = [row for row in csv.DictReader(file) if row["format"] and usual.items() <= row.items()]
     with arguments.csv.with_name("linears.csv").open() as file:
-        linears = list(csv.DictReader(file))
+        linears = [row for row in csv.DictReader(file) if row["activations"] == "none"]
     figure, axes = plt.subplots(1, len(arguments.models) + 1, figsize=(8 * len(arguments.models) + 7, 5))
     for axis, model in zip(axes, arguments.models, strict=False):
         draw_kl(axis, rows, model, "wiki.test.raw.gz")
