@@ -45,7 +45,7 @@ class ModelAdapter:
             first.append(hidden)
             raise StopForward
 
-        self._run_body(note, input_ids=tokens)
+        self._run_body(note, input_ids=tokens, attention_mask=no_mask(tokens))
         return first[0]
 
     def skeleton(self) -> Iterator[Layer]:
@@ -63,7 +63,7 @@ class ModelAdapter:
         layers = self._body.layers
         replace_forward(layers, lambda index, _hidden, _call: hidden)
         try:
-            return self.model(inputs_embeds=hidden, use_cache=False).logits
+            return self.model(inputs_embeds=hidden, attention_mask=no_mask(hidden), use_cache=False).logits
         finally:
             restore_forward(layers)
 
@@ -139,6 +139,11 @@ class ModelAdapter:
 
     def _buffers_on(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def no_mask(like: Tensor) -> Tensor:
+    """Stands for a finished mask where no layer runs: the model makes none then, nor looks at the device for it."""
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=like.device)
 
 
 def waves_of(groups: list[Group]) -> tuple[tuple[Group, ...], ...]:

@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from ptq.calibrate.importance import KeptCurvature, TokenImportance, token_importance
+from ptq.calibrate.importance import TokenImportance, keep_in, token_importance
 from ptq.core.formats import FORMATS
 from ptq.core.scales import RULES
 from ptq.data.text import VALIDATION_SEQUENCES, all_windows, read_documents, sample_windows
@@ -73,14 +73,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def weights_of(
     model: transformers.PreTrainedModel, batches: tuple[Tensor, ...], seed: int, cases: list[dict]
-) -> tuple[dict[str, TokenImportance | None], dict[str, KeptCurvature]]:
+) -> tuple[dict[str, TokenImportance | None], dict[str, dict[str, Tensor]]]:
     """By name, token weights and curvature of what the cases want, each but `none` a backward pass."""
     adapter = ModelAdapter(model)
-    curvatures: dict[str, KeptCurvature] = {}
+    curvatures: dict[str, dict[str, Tensor]] = {}
     weights: dict[str, TokenImportance | None] = {"none": None}
     for name in {case["token_importance"] for case in cases} - {"none"}:
         rows = any(case["row_feedback"] and case["token_importance"] == name for case in cases)
-        keep = curvatures.setdefault(name, KeptCurvature()).keep if rows else None
+        keep = keep_in(curvatures.setdefault(name, {})) if rows else None
         weights[name] = token_importance(adapter, batches, seed=seed if name == "sampled" else None, curvature=keep)
     return weights, curvatures
 

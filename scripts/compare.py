@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ptq.calibrate.importance import KeptCurvature, TokenImportance, token_importance
+from ptq.calibrate.importance import TokenImportance, keep_in, token_importance
 from ptq.core.formats import FORMATS
 from ptq.data.text import all_windows, read_documents, sample_windows
 from ptq.eval.checkpoint import Loaded, bits_per_weight, load_any
@@ -64,7 +64,7 @@ class Sequential:
 
     batches: tuple[Tensor, ...] = ()
     importances: Mapping[str, TokenImportance | None] = field(default_factory=dict)
-    curvatures: Mapping[str, KeptCurvature] = field(default_factory=dict)
+    curvatures: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def calibration(self, case: Case) -> Calibration:
         return Calibration(self.batches, self.importances[case.importance], self.curvatures.get(case.importance))
@@ -220,10 +220,10 @@ def calibrate(loaded: Loaded, documents: list[str], cases: Mapping[str, Case], a
     batches = tokens.split(max(1, TOKENS_AT_ONCE // args.length))
     adapter = ModelAdapter(loaded.model)
     seeds = {"text": None, "sampled": args.seed}
-    curvatures = {case.importance: KeptCurvature() for case in cases.values() if case.recipe.row_feedback}
+    curvatures = {case.importance: {} for case in cases.values() if case.recipe.row_feedback}
     importances: dict[str, TokenImportance | None] = {"none": None}
     for name in set(wanted) - {"none"}:
-        keep = curvatures[name].keep if name in curvatures else None
+        keep = keep_in(curvatures[name]) if name in curvatures else None
         importances[name] = token_importance(adapter, batches, seed=seeds[name], curvature=keep)
     if to_store:
         noted.parent.mkdir(parents=True, exist_ok=True)

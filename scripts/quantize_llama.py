@@ -197,9 +197,8 @@ def prepare(args: argparse.Namespace) -> tuple[Job, PreTrainedTokenizerBase, Ten
     settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {"block": recipe.format.block}
     batch = args.batch or default_batch(adapter.config.hidden_size, args.length, device)
     place = PLACES[args.activations]
-    job = Job(
-        adapter, plan, CompressedTensors(), calibration, device, args.token_importance, args.seed, batch, place, validation
-    )
+    more = (calibration, device, args.token_importance, args.seed, batch, place, validation)
+    job = Job(adapter, plan, CompressedTensors(), *more)
     return job, tokenizer, eval_windows, fingerprint(files.identity(), calibration, settings, device)
 
 

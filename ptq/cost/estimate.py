@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ptq.calibrate.activations import DEVICE_SHARE
 from ptq.calibrate.importance import POSITIONS_AT_ONCE, SEGMENT
+from ptq.core.linalg import packed_size
 from ptq.cost.shape import LayerShape, Shape, climbed, drift_elements, operations
 from ptq.data.text import VALIDATION_SEQUENCES
 from ptq.methods.gptq import rows_at_once
@@ -27,7 +28,7 @@ def floor_seconds(shape: Shape) -> float:
 
 def disk_bytes(shape: Shape) -> int:
     """What lies beside the unfinished checkpoint: the lower triangle of G of every linear in float32."""
-    triangles = shape.total(lambda layer: sum(4 * d_out * (d_out + 1) // 2 for d_out, _ in layer.linears))
+    triangles = shape.total(lambda layer: sum(4 * packed_size(d_out) for d_out, _ in layer.linears))
     return int(triangles) if shape.rows else 0
 
 

@@ -66,7 +66,7 @@ def gptq(
         raise ValueError("method gptq needs the full Hessian H (d_in, d_in)")
     W = W if W.dtype == torch.float64 else W.float()
     order = visit_order(H, format.block) if block_order else torch.arange(H.shape[0], device=W.device)
-    x, A = (W / tensor_scale)[:, order], damped(H, damp).to(W.dtype)[order[:, None], order]
+    x, A = (W / tensor_scale)[:, order], damped(H, damp, order).to(W.dtype)
     with phase("factorization"):
         U = inverse_factor(A)
     run = kernels.sweep if x.is_cuda and x.dtype == torch.float32 else sweep
@@ -98,7 +98,7 @@ def sweep_row_panels(
     panel p leaves the error Δ_p = x_p - Q_p, and the rows after it move by -V_p,laterᵀ V_pp⁻ᵀ Δ_p.
     """
     order = G.diagonal().argsort(descending=True, stable=True)
-    V = inverse_factor(damped(G.to(x.dtype), DAMP_ROWS)[order[:, None], order], name="G", remedy=REMEDY_ROWS)
+    V = inverse_factor(damped(G.to(x.dtype), DAMP_ROWS, order), name="G", remedy=REMEDY_ROWS)
     parts = []
     for start in range(0, len(x), row_panel):
         own, later = slice(start, start + row_panel), slice(start + row_panel, None)

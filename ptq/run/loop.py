@@ -39,7 +39,7 @@ class Calibration:
 
     `batches`: token ids (n, length) each, on the model's device; none for methods that need no calibration.
     `importance`: for the same batches, what each token counts for in H (ptq.calibrate.importance); every token the same
-    without.  `curvature`: by linear, G for row feedback.  `validation`: token ids (n, length) to measure errors on, the
+    without.  `curvature`: by linear, G for row feedback, packed.  `validation`: token ids (n, length) to measure errors on, the
     same on all ranks.
     """
 

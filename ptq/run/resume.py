@@ -23,7 +23,6 @@ from torch import Tensor
 
 import ptq
 from ptq.calibrate.importance import TokenImportance, to_keep
-from ptq.core.linalg import unpack_symmetric
 from ptq.export.checkpoint import Formats, check_layer, layer_tensors, restore_layer, shard_name
 from ptq.export.files import save_tensors, save_text
 from ptq.export.layout import Layout
@@ -199,8 +198,8 @@ class Unfinished:
 
 
 class Curvature(Mapping[str, Tensor]):
-    """G of each linear by full name, a file each with its lower triangle, read when it is asked for: a model's may
-    be more than its weights."""
+    """G of each linear by full name, packed (ptq.calibrate.importance.to_keep), a file each, read when it is asked for: a
+    model's may be more than its weights."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -210,7 +209,7 @@ class Curvature(Mapping[str, Tensor]):
         save_tensors(self._folder / f"{name}.safetensors", {"G": to_keep(G)})
 
     def __getitem__(self, name: str) -> Tensor:
-        return unpack_symmetric(load_file(self._folder / f"{name}.safetensors")["G"])
+        return load_file(self._folder / f"{name}.safetensors")["G"]
 
     def __iter__(self) -> Iterator[str]:
         return (path.stem for path in sorted(self._folder.glob("*.safetensors")))

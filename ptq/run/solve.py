@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ptq.calibrate.drift import Drift
 from ptq.core.formats import choose_tensor_scale
+from ptq.core.linalg import unpack_symmetric
 from ptq.core.packing import Quantized
 from ptq.methods import METHODS
 from ptq.methods.rtn import rtn
@@ -136,7 +137,7 @@ def solve_matrix(
             how = partial(how, frozen=True)
         if recipe.row_feedback:
             parts = zip(T.split(sizes), linears, strict=True)
-            solution = join([how(part, H, G=curvature[name].to(device)) for part, name in parts])
+            solution = join([how(part, H, G=unpack_symmetric(curvature[name].to(device))) for part, name in parts])
         else:
             solution = how(T, H)
     with phase("report"):
