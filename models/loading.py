@@ -48,7 +48,7 @@ def load_model(
     dtype = dtype or (torch.float32 if "gguf_file" in extra else "auto")  # type: ignore[assignment]
     try:
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
-            where, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **weights
+            where, dtype=dtype, attn_implementation=family_of(config, source).attention, output_loading_info=True, **weights
         )
     except OSError as error:
         raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
@@ -85,9 +85,8 @@ def open_model(
 
 def check_names(adapter: StreamingAdapter, shards: Shards) -> None:
     """Raises ValueError as `check_tensors` for what the model needs and what the files hold."""
-    needed, there = adapter.model.state_dict().keys(), shards.tensors.keys()
-    tied = {"lm_head.weight"} if adapter.config.tie_word_embeddings else set()
-    check_tensors(str(shards.folder), needed - there - tied, there - needed)
+    needed, there = adapter.shapes().keys(), shards.tensors.keys()
+    check_tensors(str(shards.folder), needed - there, there - needed)
 
 
 def check_tensors(source: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:

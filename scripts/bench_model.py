@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import LlamaConfig
+from transformers import PretrainedConfig
 
 from ptq.calibrate.activations import default_batch
 from ptq.core.formats import get_format
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def make_job(args: argparse.Namespace, config: LlamaConfig, sequences: int) -> Job:
+def make_job(args: argparse.Namespace, config: PretrainedConfig, sequences: int) -> Job:
     device = torch.device(args.device)
     adapter = random_adapter(config, device)
     recipe = make_recipe(get_format(args.format), vars(args))

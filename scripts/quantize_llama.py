@@ -37,9 +37,10 @@ from ptq.cost.preview import make_preview
 from ptq.cost.shape import shape_of
 from ptq.data.text import VALIDATION_SEQUENCES, all_windows, read_documents, sample_windows
 from ptq.eval.perplexity import Score, evaluate
-from ptq.export.checkpoint import DTYPE, ReadBackError, layers_that_fit, verify, write_rest
+from ptq.export.checkpoint import DTYPE, ReadBackError, write_rest
 from ptq.export.compressed_tensors import CompressedTensors
 from ptq.export.files import check_output, save_text
+from ptq.export.read_back import layers_that_fit, verify
 from ptq.methods import METHODS
 from ptq.models.adapter import ModelAdapter
 from ptq.models.loading import check_fit, load_model, open_model, quiet

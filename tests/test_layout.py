@@ -24,7 +24,7 @@ FLOORS = (
 )
 FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
 ONLY_IN = {
-    "transformers": ("ptq.models", "ptq.eval", "ptq.export.checkpoint", "scripts"),
+    "transformers": ("ptq.models", "ptq.eval", "ptq.export", "scripts"),
     "triton": ("ptq.kernels", "scripts.bench_kernels"),
     "lm_eval": ("ptq.eval.harness", "ptq.eval.checked"),
 }

@@ -204,9 +204,10 @@ def test_smollm2_loads_from_gguf_and_reads_back(tmp_path: Path):
     """The first two layers of a real model, real text, real checkpoint."""
     from ptq.core.formats import NVFP4
     from ptq.data.text import all_windows, read_documents
-    from ptq.export.checkpoint import layer_tensors, shard_name, verify, write_rest
+    from ptq.export.checkpoint import layer_tensors, shard_name, write_rest
     from ptq.export.compressed_tensors import CompressedTensors
     from ptq.export.files import save_tensors
+    from ptq.export.read_back import verify
     from ptq.models.adapter import ModelAdapter
     from ptq.models.loading import load_model
     from ptq.run.loop import Calibration, quantize_layers

@@ -23,7 +23,7 @@ from ptq.calibrate.hessian import add_full
 from ptq.core.linalg import pack_symmetric
 from ptq.runtime.adapter import Adapter, Layer
 from ptq.runtime.clock import phase
-from ptq.runtime.hooks import observe_outputs
+from ptq.runtime.hooks import observe_outputs, observed_tokens
 
 TokenImportance = dict[str, list[Tensor]]
 KeepCurvature = Callable[[str, Tensor], object]
@@ -115,8 +115,15 @@ def descend(
             weights[first_name][rows] = 0
 
         def observe(linear: nn.Module, _x: Tensor, y: Tensor) -> None:
+            tokens = observed_tokens()
+
             def add(gradient: Tensor) -> None:
-                weights[names[linear][1]][rows] += torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square()
+                squares = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square()
+                found = weights[names[linear][1]][rows]
+                if tokens is None:
+                    found += squares.view_as(found)
+                else:
+                    found.view(-1).index_add_(0, tokens, squares)
                 if curvature is not None:
                     gradients.append((linear, gradient))
 
