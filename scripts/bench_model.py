@@ -70,7 +70,9 @@ def parse_arguments() -> argparse.Namespace:
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(args.device)
-    args.batch = args.batch or default_batch(shape_config(args.shape).hidden_size, args.length, torch.device(args.device))
+    config = shape_config(args.shape)
+    experts = hasattr(config, "num_experts_per_tok")
+    args.batch = args.batch or default_batch(config.hidden_size, args.length, torch.device(args.device), experts=experts)
     return args
 
 

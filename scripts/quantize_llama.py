@@ -196,7 +196,7 @@ def prepare(args: argparse.Namespace) -> tuple[Job, PreTrainedTokenizerBase, Ten
     calibration, validation, eval_windows = token_windows(args, texts, adapter.model, tokenizer)
     device = torch.device(args.device)
     settings = {name: getattr(args, name) for name in BYTES_DEPEND_ON} | {"block": recipe.format.block}
-    batch = args.batch or default_batch(adapter.config.hidden_size, args.length, device)
+    batch = args.batch or default_batch(adapter.config.hidden_size, args.length, device, experts=adapter.has_experts)
     place = PLACES[args.activations]
     more = (calibration, device, args.token_importance, args.seed, batch, place, validation)
     job = Job(adapter, plan, CompressedTensors(), *more)

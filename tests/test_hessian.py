@@ -111,5 +111,5 @@ def test_a_symmetric_matrix_is_kept_exactly_in_half_the_bytes(n):
     A = X.tril() + X.tril(-1).T
     packed = pack_symmetric(A, strip=16)
     assert len(packed) <= n * (n + 16) / 2 + 16 * 16  # the triangle, and what is above the diagonal in 16 rows
-    assert torch.equal(unpack_symmetric(packed, strip=16), A) and torch.equal(unpack_symmetric(pack_symmetric(A)), A)
+    assert torch.equal(unpack_symmetric(packed, n, strip=16), A) and torch.equal(unpack_symmetric(pack_symmetric(A), n), A)
     assert torch.equal(pack_symmetric(A.tril(), strip=16), packed)

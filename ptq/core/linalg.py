@@ -104,9 +104,8 @@ def pack_symmetric(A: Tensor, strip: int = STRIP) -> Tensor:
     return torch.cat([A[row : row + strip, : row + strip].tril(row).flatten() for row in range(0, len(A), strip)])
 
 
-def unpack_symmetric(packed: Tensor, strip: int = STRIP) -> Tensor:
+def unpack_symmetric(packed: Tensor, n: int, strip: int = STRIP) -> Tensor:
     """The symmetric matrix (n, n) whose lower triangle `pack_symmetric` kept, on the same device."""
-    n = next(n for n in range(math.isqrt(len(packed)), math.isqrt(2 * len(packed)) + 1) if packed_size(n, strip) == len(packed))
     A = packed.new_empty(n, n)
     start = 0
     for row in range(0, n, strip):

@@ -95,7 +95,7 @@ def make_preview(
     if not plan.linears:
         raise ValueError(problems[0])
     shape = shape_of(plan, adapter, sequences, length, importance)
-    batch = min(sequences, batch or default_batch(shape.head[1], length, torch.device("cuda")))
+    batch = min(sequences, batch or default_batch(shape.head[1], length, torch.device("cuda"), experts=adapter.has_experts))
     parameters = adapter.parameters()
     return Preview(
         plan=plan,

@@ -142,7 +142,7 @@ def solve_matrix(
             how = partial(how, frozen=True)
         if recipe.row_feedback:
             parts = zip(T.split(sizes), linears, strict=True)
-            solution = join([how(part, H, G=known_curvature(curvature[name].to(device))) for part, name in parts])
+            solution = join([how(part, H, G=known_curvature(curvature[name].to(device), len(part))) for part, name in parts])
         else:
             solution = how(T, H)
     with phase("report"):
@@ -154,9 +154,9 @@ def solve_matrix(
     return SolvedRows(solution.quantized, stats, told, begin, now(device))
 
 
-def known_curvature(packed: Tensor) -> Tensor | None:
-    """G; None where no gradient came, as of an expert that was given no tokens: then errors are not fed over rows."""
-    return unpack_symmetric(packed) if packed.any() else None
+def known_curvature(packed: Tensor, rows: int) -> Tensor | None:
+    """G (rows, rows); None where no gradient came, as of an expert that was given no tokens: then errors are not fed over rows."""
+    return unpack_symmetric(packed, rows) if packed.any() else None
 
 
 def drift_target(W: Tensor, recipe: Recipe, statistics: Statistics, rows: range) -> Tensor:
