@@ -161,4 +161,5 @@ def preview(model: str, settings: Settings, output: Path | None = None) -> Previ
         adapter, as_rules(base_recipe(settings), settings.ignore), settings.sequences, settings.length,
         settings.token_importance, batch=settings.batch, on_host=PLACES[settings.activations],
         ranks=int(os.environ.get("WORLD_SIZE", 1)), output=output or Path("output"),
+        cores=torch.get_num_threads() if (settings.device or default_device()) == "cpu" else 0,
     )  # fmt: skip
