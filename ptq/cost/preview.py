@@ -102,7 +102,10 @@ def make_preview(
     output: Path,
     cores: int = 0,
 ) -> Preview:
-    """From shapes alone; `adapter` is one of ptq.models.  `cores`: of the CPU, where that is the device.  Raises ValueError where nothing is left to quantize."""
+    """From shapes alone; `adapter` is one of ptq.models.  `cores`: of the CPU, where that is the device.
+
+    Raises ValueError where nothing is left to quantize.
+    """
     plan, problems = examine(adapter, rules)
     if not plan.linears:
         raise ValueError(problems[0])
