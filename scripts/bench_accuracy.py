@@ -21,7 +21,8 @@ from torch import Tensor
 from ptq.calibrate.importance import TokenImportance, keep_in, token_importance
 from ptq.core.formats import FORMATS
 from ptq.core.scales import RULES
-from ptq.data.text import VALIDATION_SEQUENCES, all_windows, read_documents, sample_windows
+from ptq.data.chat import encoder
+from ptq.data.text import all_windows, read_documents, sample_windows
 from ptq.eval.perplexity import Score, evaluate
 from ptq.models.adapter import ModelAdapter
 from ptq.models.loading import load_model
@@ -30,6 +31,7 @@ from ptq.run.plan import named_format
 from ptq.run.recipe import Recipe
 from ptq.run.settings import make_recipe, settings_of
 from ptq.run.solve import Record
+from ptq.settings import VALIDATION_SEQUENCES
 
 FIELDS = (
     "model format method rule frozen token_importance drift row_feedback effort damp ridge sequences length calibration seed "
@@ -104,8 +106,8 @@ def measure(args: argparse.Namespace, runs: list[tuple[dict, Recipe]]) -> Iterat
     model.requires_grad_(False)
 
     def windows(sources: list[str]) -> Tensor:
-        documents = [text for source in sources for text in read_documents(source)]
-        return all_windows(lambda text: tokenizer(text, verbose=False)["input_ids"], documents, args.length, sources[0])
+        documents = [document for source in sources for document in read_documents(source)]
+        return all_windows(encoder(tokenizer), documents, args.length, sources[0])
 
     drawn_from = windows(args.calibration)
     tests = {Path(source).name: windows([source])[: args.windows].to(args.device) for source in args.evaluate}

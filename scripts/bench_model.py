@@ -28,15 +28,15 @@ from ptq.calibrate.activations import default_batch
 from ptq.core.formats import get_format
 from ptq.cost.estimate import floor_seconds
 from ptq.cost.shape import operations, shape_of
-from ptq.data.text import VALIDATION_SEQUENCES
 from ptq.export.compressed_tensors import CompressedTensors
 from ptq.models.random import SHAPES, random_adapter, shape_config
 from ptq.run.job import Job, do_layers
 from ptq.run.plan import make_plan
 from ptq.run.resume import Unfinished
-from ptq.run.settings import DRIFTS, EFFORTS, IMPORTANCES, make_recipe
+from ptq.run.settings import make_recipe
 from ptq.runtime.clock import Clock, timed
 from ptq.runtime.distributed import Ranks, init_process_group
+from ptq.settings import DRIFTS, EFFORTS, IMPORTANCES, VALIDATION_SEQUENCES
 
 PHASES = ("load", "importance", "forward", "hessian", "drift", "factorization", "sweep", "report", "write", "communicate")
 FIELDS = (

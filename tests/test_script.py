@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from .conftest import ROOT, SMOLLM2
 from .tiny import TEXT, save_tiny
@@ -60,6 +61,12 @@ def test_a_whole_run(main, job, capsys, options, label):
     assert all(report[name]["dtype"] == dtype for name in ("original", "rtn", label))
     printed = capsys.readouterr().out
     assert f"scored in {dtype}:" in printed
+    assert report["samples"].keys() == {"prompt", "original", label} and len(report["samples"]["prompt"].split()) == 32
+    assert "greedily, after …" in printed and report[label]["kl_stderr"] > 0
+    card = (output / "README.md").read_text()
+    about = yaml.safe_load(card.split("---")[1])
+    assert about["pipeline_tag"] == "text-generation" and about["tags"][0] == report["settings"]["format"]
+    assert f"| {label} | {report[label]['ppl']:.3f} | {report[label]['kl']:.5f} |" in card and str(output.parent) not in card
     assert "token ppl" in printed and "max |logit difference| = 0" in printed
 
 

@@ -228,7 +228,7 @@ def test_a_full_disk_ends_the_run_and_a_larger_one_goes_on(main, tmp_path, job, 
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
-    monkeypatch.setitem(main.__globals__, "check_output", lambda *_: None)
+    monkeypatch.setattr("ptq.pipeline.run.check_output", lambda *_: None)
     arguments = [*job, "--device", "cpu", "--output"]
     try:
         assert main([*arguments, str(disk / "out")]) == 1

@@ -1,7 +1,5 @@
 """Linear algebra that torch does not have, for any device and dtype."""
 
-import math
-
 import torch
 from einops import rearrange
 from torch import Tensor

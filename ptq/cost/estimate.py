@@ -6,9 +6,9 @@ from ptq.calibrate.activations import DEVICE_SHARE
 from ptq.calibrate.importance import POSITIONS_AT_ONCE, SEGMENT
 from ptq.core.linalg import packed_size
 from ptq.cost.shape import LayerShape, Shape, climbed, drift_elements, drift_met, operations
-from ptq.data.text import VALIDATION_SEQUENCES
 from ptq.methods.gptq import rows_at_once
 from ptq.runtime.distributed import Ranks, shard_rows
+from ptq.settings import VALIDATION_SEQUENCES
 
 BF16_RATE = 790e12
 """bfloat16 matmul, operations a second: measured, 8192³."""

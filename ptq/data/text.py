@@ -1,32 +1,37 @@
 """Text in, token windows out; for calibration and for evaluation alike.
 
-A source is a file (.jsonl or .jsonl.gz with a "text" field a line, or plain text, also gzipped), a name
-that ptq.data.presets knows, a Hugging Face dataset id, or `builtin`: the language reference that every
-Python carries (pydoc_data.topics), of which one topic in four is set aside as `builtin-heldout`.
+A source is a file (.jsonl or .jsonl.gz with a field "text" or "messages" a line, or plain text, also gzipped), a name that
+ptq.data.presets knows, a Hugging Face dataset id, or `builtin`: the language reference that every Python carries
+(pydoc_data.topics), of which one topic in four is set aside as `builtin-heldout`.
 """
 
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ptq.data.chat import Document, as_conversation
 from ptq.data.presets import PRESETS, find_preset, hub_documents
 
 BUILTIN_HELD_OUT = "builtin-heldout"
-# Drawn beside the calibration sequences unless told otherwise, to measure every linear on.
-VALIDATION_SEQUENCES = 4
 
 
-def read_documents(source: str) -> list[str]:
+def read_texts(source: str) -> list[str]:
+    """The documents of a source as plain text, conversations too."""
+    return [str(document) for document in read_documents(source)]
+
+
+def read_documents(source: str) -> list[Document]:
     """The documents of a source.  Raises ValueError that names the file (and the line) and says what is wrong."""
     if source in ("builtin", BUILTIN_HELD_OUT):
-        return builtin_documents(held_out=source == BUILTIN_HELD_OUT)
+        return [*builtin_documents(held_out=source == BUILTIN_HELD_OUT)]
     path = Path(source).expanduser()
     found = None if path.exists() or (path.suffix and ":" not in source) else find_preset(source)
+    documents: Sequence[Document]
     if path.is_file():
         documents = list(read_jsonl(path) if ".jsonl" in path.suffixes else [read_text(path)])
     elif found:
@@ -37,7 +42,7 @@ def read_documents(source: str) -> list[str]:
             f"text {source!r} is {kind}; give a .txt, .jsonl or .jsonl.gz file, a dataset id, 'builtin', or one of "
             f"{', '.join(PRESETS)}"
         )
-    documents = [text for text in documents if text.strip()]
+    documents = [document for document in documents if str(document).strip()]
     if not documents:
         raise ValueError(f"text {source!r} is empty")
     return documents
@@ -67,7 +72,7 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
 
 
-def read_jsonl(path: Path) -> Iterator[str]:
+def read_jsonl(path: Path) -> Iterator[Document]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -75,15 +80,20 @@ def read_jsonl(path: Path) -> Iterator[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError(f'{path}, line {number}: no field "text" with a string')
-        yield record["text"]
+        record = record if isinstance(record, dict) else {}
+        text = record.get("text")
+        document = text if isinstance(text, str) else as_conversation(record.get("messages"))
+        if document is None:
+            raise ValueError(
+                f'{path}, line {number}: no field "text" with a string, nor "messages", each with role and content'
+            )
+        yield document
 
 
-def all_windows(encode: Callable[[str], list[int]], documents: list[str], length: int, source: str) -> Tensor:
-    """All non-overlapping windows (n, length) of the documents' tokens, init_process_group in order.
+def all_windows(encode: Callable[[Document], list[int]], documents: Sequence[Document], length: int, source: str) -> Tensor:
+    """All non-overlapping windows (n, length) of the documents' tokens, joined in order.
 
-    `encode` turns a text into token ids.  Raises ValueError where there is not one window.
+    `encode` turns a document into token ids.  Raises ValueError where there is not one window.
     """
     return join_windows([encode(text) for text in documents], length, source)
 

@@ -36,7 +36,7 @@ def code_version() -> str:
     """Hash of the sources that the result depends on, and the versions of ours and of what computes."""
     root = Path(ptq.__file__).parent
     digest = hashlib.sha256()
-    folders = [folder for folder in root.iterdir() if folder.name not in ("cost", "eval")]
+    folders = [folder for folder in root.iterdir() if folder.name not in ("cost", "eval", "cli")]
     for path in sorted(path for folder in [root, *folders] for path in folder.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     packages = ", ".join(f"{name} {installed(name)}" for name in ("torch", "transformers", "triton"))
