@@ -2,7 +2,7 @@
 
 What the other layout cannot hold is refused by name before anything stands at the target.  So is a tensor_scale whose
 reciprocal does not come back: compressed-tensors stores 1 / tensor_scale and ModelOpt tensor_scale, both in float32, and for
-about one in eight values there is no float32 whose reciprocal it is.  Ours are powers of two, which have one.
+about one value in seven there is no float32 whose reciprocal it is.  Ours are powers of two, which have one.
 """
 
 import json
