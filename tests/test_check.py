@@ -1,5 +1,6 @@
 """`check` finds what is planted, one thing at a time, and nothing in what ptq writes."""
 
+import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from ptq.core.formats import INT4_G128, MXFP4, NVFP4
 from ptq.export.check import check
+from ptq.export.commands import add_check, add_convert, run_check, run_convert
 from ptq.export.convert import convert
 from ptq.export.files import save_tensors
 from ptq.export.finding import ERROR, NOTE, WARNING, fused_groups
@@ -87,7 +89,7 @@ PLANTED = [
         lambda t: t * 2,
         ERROR,
         f"{LAYER}.self_attn.(k_proj, q_proj, v_proj)",
-        "weight_global_scale differs by up to 2 times; vLLM keeps the largest for all",
+        "weight_global_scale differs by up to 2 times; vLLM keeps the largest",
     ),
     (
         "modelopt",
@@ -121,7 +123,13 @@ CONFIGURED = [
     ("nvfp4", lambda c: c["ignore"].append(DOWN), ERROR, DOWN, f"it is quantized, and ignored by '{DOWN}'"),
     ("nvfp4", lambda c: c["ignore"].clear(), ERROR, "lm_head", "its weight is not quantized, and the configuration says it is"),
     ("modelopt", lambda c: c.update(quant_algo="NVFP4"), ERROR, DOWN, "activations are quantized and there is no input_scale"),
-    ("modelopt", lambda c: c.update(group_size=32), ERROR, "hf_quant_config.json", "group_size is 32 in config.json and 16 here"),
+    (
+        "modelopt",
+        lambda c: c.update(group_size=32),
+        ERROR,
+        "hf_quant_config.json",
+        "group_size is 32 in config.json and 16 here",
+    ),
     ("gptq", lambda c: c.update(checkpoint_format="gptq_v2"), ERROR, "quantize_config.json", "checkpoint_format is 'gptq_v2'"),
 ]
 
@@ -213,7 +221,10 @@ def test_splits_over_gpus_that_cut_a_block_are_found(copy):
     """4 heads: 2 and 4 GPUs.  128 inputs of down_proj over 4 GPUs are 32 each; o_proj has 64, so 16 each, half a block of 32."""
     found = [f for f in check(copy("mxfp4")) if "tensor parallel" in f.sentence]
     assert [(f.place, f.severity) for f in found] == [(f"{LAYER}.self_attn.o_proj", WARNING)]
-    assert "tensor parallel 4 is not possible: 16 of 64 inputs on each is no multiple of 32 (and 1 more linears)" in found[0].sentence
+    assert (
+        "tensor parallel 4 is not possible: 16 of 64 inputs on each is no multiple of 32 (and 1 more linears)"
+        in found[0].sentence
+    )
     assert not [f for f in check(copy("nvfp4")) if "tensor parallel" in f.sentence]
 
 
@@ -244,6 +255,28 @@ def test_fused_groups_are_per_expert():
     groups = set(fused_groups(names))
     assert ("layers.0.experts.1.w1", "layers.0.experts.1.w3") in groups and ("layers.0.self_attn.o_proj",) in groups
     assert len(groups) == 5
+
+
+def test_commands_print_findings_and_say_by_their_status_whether_there_are_errors(copy, tmp_path, capsys):
+    folder = copy("nvfp4")
+    parser = argparse.ArgumentParser()
+    add_convert(parser)
+    assert run_convert(parser.parse_args([str(folder), str(tmp_path / "out"), "--layout", "modelopt"])) == 0
+    assert "14 nvfp4 linears, compressed-tensors to modelopt" in capsys.readouterr().out
+    parser = argparse.ArgumentParser()
+    add_check(parser)
+    assert run_check(parser.parse_args([str(tmp_path / "out")])) == 0 and "0 errors and warnings" in capsys.readouterr().out
+    change(folder, f"{DOWN}.weight_scale", place(0x7F))
+    assert run_check(parser.parse_args([str(folder)])) == 1 and "    quantize it again" in capsys.readouterr().out
+    assert run_check(parser.parse_args([str(folder), "--json"])) == 1
+    assert json.loads(capsys.readouterr().out)[0]["severity"] == ERROR
+
+
+def test_int4_scales_may_be_negative(copy):
+    folder = copy("gptq")
+    (folder / "ptq_manifest.json").unlink()
+    change(folder, f"{DOWN}.scales", lambda t: -t)
+    assert all("tensor parallel" in finding.sentence for finding in check(folder))
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

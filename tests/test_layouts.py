@@ -65,7 +65,11 @@ def test_unpack_inverts_pack(name, format):
 
 @pytest.mark.parametrize(
     "format, path",
-    [(NVFP4, ["modelopt", "compressed-tensors"]), (INT4, ["gptq", "gptq-v2", "gptq", "compressed-tensors"]), (MXFP4, ["compressed-tensors"])],
+    [
+        (NVFP4, ["modelopt", "compressed-tensors"]),
+        (INT4, ["gptq", "gptq-v2", "gptq", "compressed-tensors"]),
+        (MXFP4, ["compressed-tensors"]),
+    ],
     ids=["nvfp4", "int4", "mxfp4"],
 )
 def test_there_and_back_gives_the_same_bytes(tmp_path, format, path):
@@ -146,7 +150,12 @@ def test_a_gguf_file_read_back_holds_the_model(tmp_path, family, format):
     reader = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf")
     found = {tensor.name: tensor for tensor in reader.tensors}
     assert not list((tmp_path / "gguf").glob("*.safetensors"))
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.o_proj": "attn_output", "mlp.down_proj": "ffn_down"}
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.o_proj": "attn_output",
+        "mlp.down_proj": "ffn_down",
+    }
     for ours, theirs in names.items():
         tensor = found[f"blk.1.{theirs}.weight"]
         values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
@@ -170,7 +179,9 @@ def test_llama_3s_rotary_factors_are_transformers():
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    config = LlamaConfig(hidden_size=512, num_attention_heads=8, rope_parameters=rope | {"original_max_position_embeddings": 8192})
+    config = LlamaConfig(
+        hidden_size=512, num_attention_heads=8, rope_parameters=rope | {"original_max_position_embeddings": 8192}
+    )
     scaled = LlamaRotaryEmbedding(config).inv_freq
     plain = 1 / 500000.0 ** (torch.arange(0, 64, 2) / 64)
     factors = rope_factors(config.to_dict())
@@ -179,8 +190,14 @@ def test_llama_3s_rotary_factors_are_transformers():
 
 
 def test_tokenizers_from_sentencepiece_keep_bytes_and_specials_apart():
-    tokenizer = {"model": {"vocab": {"<s>": 0, "<0x0A>": 1, "▁a": 2}}, "added_tokens": [{"id": 0, "content": "<s>", "special": True}]}
-    assert vocabulary(tokenizer, 5) == (["<s>", "<0x0A>", "▁a", "[PAD3]", "[PAD4]"], ["CONTROL", "BYTE", "NORMAL", "UNUSED", "UNUSED"])
+    tokenizer = {
+        "model": {"vocab": {"<s>": 0, "<0x0A>": 1, "▁a": 2}},
+        "added_tokens": [{"id": 0, "content": "<s>", "special": True}],
+    }
+    assert vocabulary(tokenizer, 5) == (
+        ["<s>", "<0x0A>", "▁a", "[PAD3]", "[PAD4]"],
+        ["CONTROL", "BYTE", "NORMAL", "UNUSED", "UNUSED"],
+    )
     assert split_of(tokenizer) == ()
 
 
@@ -220,7 +237,9 @@ def test_a_tensor_scale_whose_reciprocal_does_not_come_back_is_refused(tmp_path)
     values = torch.linspace(1.5, 1.9, 1000)
     lost = values[1 / (1 / values) != values][0]  # a foreign amax / 2688
     change(tmp_path / "modelopt", "model.layers.0.mlp.down_proj.weight_scale_2", lambda t: torch.full_like(t, float(lost)))
-    with pytest.raises(ValueError, match=rf"down_proj has tensor_scale {lost.item():.9g}, which the layout compressed-tensors would give"):
+    with pytest.raises(
+        ValueError, match=rf"down_proj has tensor_scale {lost.item():.9g}, which the layout compressed-tensors would give"
+    ):
         convert(tmp_path / "modelopt", tmp_path / "back", "compressed-tensors")
 
 
@@ -281,7 +300,7 @@ def test_layouts_have_their_names():
 
 def change(folder, name, how, like=""):
     """Replaces a tensor by what `how` makes of it, or adds one made of `like`."""
-    path = next(path for path in folder.glob("*.safetensors") if (name if not like else like) in load_file(path))
+    path = next(path for path in folder.glob("*.safetensors") if (like or name) in load_file(path))
     tensors = load_file(path)
     tensors[name] = how(tensors.get(name, tensors.get(like)))
     save_tensors(path, tensors)

@@ -37,7 +37,9 @@ def check_index(folder: Path, names: dict[str, str]) -> Iterator[Finding]:
     index = read_json(folder / INDEX)
     if not index:
         if len(set(names.values())) > 1:
-            yield Finding(ERROR, INDEX, "there are several files and no index", "write the index: transformers reads none without")
+            yield Finding(
+                ERROR, INDEX, "there are several files and no index", "write the index: transformers reads none without"
+            )
         return
     listed = index.get("weight_map", {})
     for file in sorted(set(listed.values()) - {path.name for path in folder.glob("*.safetensors")}):
@@ -46,10 +48,16 @@ def check_index(folder: Path, names: dict[str, str]) -> Iterator[Finding]:
         if name not in names and (folder / listed[name]).exists():
             yield Finding(ERROR, name, f"the index has it in {listed[name]}, which does not hold it", AGAIN)
         elif name in names and names[name] != listed[name]:
-            yield Finding(ERROR, name, f"the index has it in {listed[name]}, and it is in {names[name]}", "write the index again")
+            yield Finding(
+                ERROR, name, f"the index has it in {listed[name]}, and it is in {names[name]}", "write the index again"
+            )
     for name in sorted(names.keys() - listed.keys()):
         yield Finding(ERROR, name, f"it is in {names[name]} and not in the index", "write the index again")
-    size = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for file in set(names.values()) for entry in header(folder / file).values())
+    size = sum(
+        entry["data_offsets"][1] - entry["data_offsets"][0]
+        for file in set(names.values())
+        for entry in header(folder / file).values()
+    )
     said = index.get("metadata", {}).get("total_size")
     if said is not None and said != size:
         yield Finding(NOTE, INDEX, f"total_size is {said} and the tensors have {size} bytes", "write the index again")

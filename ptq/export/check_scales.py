@@ -34,7 +34,12 @@ def check_scales(checkpoint: Checkpoint, linears: Sequence[str]) -> Iterator[Fin
             f"{lost} of {total} block scales in {layers} fused layers are set to zero by vLLM's Marlin kernel (GPUs before "
             f"Blackwell), most here, {share:.2%}, all below {smallest:g}"
         )
-        yield Finding(NOTE if lost / total < 1e-3 else WARNING, worst, sentence, "see what it costs (docs/formats.md), or raise small scales")
+        yield Finding(
+            NOTE if lost / total < 1e-3 else WARNING,
+            worst,
+            sentence,
+            "see what it costs (docs/formats.md), or raise small scales",
+        )
 
 
 def block_scales(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -52,11 +57,17 @@ def check_values(checkpoint: Checkpoint, name: str, scales: Tensor) -> Iterator[
     zero = int((scales == 0).sum())
     if bad:
         yield Finding(ERROR, place, f"{bad} of {scales.numel()} scales are not finite", again)
-    if negative:
-        yield Finding(ERROR, place, f"{negative} scales are negative; engines take them for positive", "quantize it again")
+    if (
+        negative and checkpoint.format(name).tensor_scale
+    ):  # INT4's may be: AutoRound puts the longer side of -8 … 7 where it is needed
+        yield Finding(
+            ERROR, place, f"{negative} scales are negative; vLLM's Marlin takes them for positive", "quantize it again"
+        )
     if zero:
         sentence = f"{zero} of {scales.numel()} scales are zero, so their blocks read as zeros"
-        yield Finding(NOTE, place, sentence, "nothing, if the original's blocks are zeros; else quantize with another scale rule")
+        yield Finding(
+            NOTE, place, sentence, "nothing, if the original's blocks are zeros; else quantize with another scale rule"
+        )
     for part in (checkpoint.parts.tensor_scale, checkpoint.parts.input_scale):
         if part and f"{name}.{part}" in checkpoint.files:
             value = single(checkpoint, f"{name}.{part}")
@@ -64,7 +75,9 @@ def check_values(checkpoint: Checkpoint, name: str, scales: Tensor) -> Iterator[
                 yield Finding(ERROR, f"{name}.{part}", f"it is {value}, not a positive number", again)
     needs = checkpoint.activations and checkpoint.format(name).tensor_scale
     if needs and f"{name}.{checkpoint.parts.input_scale}" not in checkpoint.files:
-        sentence = f"activations are quantized and there is no {checkpoint.parts.input_scale}; vLLM computes with uninitialised memory"
+        sentence = (
+            f"activations are quantized and there is no {checkpoint.parts.input_scale}; vLLM computes with uninitialised memory"
+        )
         yield Finding(ERROR, name, sentence, "export it again with calibrated inputs, or for weights only")
 
 
@@ -84,7 +97,7 @@ def check_fused(checkpoint: Checkpoint, group: Sequence[str]) -> Iterator[Findin
         values = {single(checkpoint, name) for name in names}
         if len(values) > 1:
             off = max(values) / min(values)
-            sentence = f"{part} differs by up to {off:.3g} times; vLLM keeps the largest for all, so {what} of the others are off by as much"
+            sentence = f"{part} differs by up to {off:.3g} times; vLLM keeps the largest, so the others' {what} are off as much"
             yield Finding(ERROR if off > 1.001 else WARNING, place, sentence, SAME)
 
 

@@ -94,5 +94,7 @@ def cannot_split(checkpoint: Checkpoint, name: str, size: int) -> str:
     unit = max(unit, 8) if layout.startswith("gptq") else unit
     if whole % (size * unit):
         share = f"{whole / size:g}"
-        return f"{share} of {whole} {what} on each is no multiple of {unit}" if unit > 1 else f"{whole} {what} are not divisible"
+        return (
+            f"{share} of {whole} {what} on each is no multiple of {unit}" if unit > 1 else f"{whole} {what} are not divisible"
+        )
     return ""

@@ -53,7 +53,9 @@ def scale_bytes(name: str, quantized: Quantized, kind: str) -> Tensor:
     inexact = half.float() != quantized.scales
     if inexact.any():
         value = quantized.scales[inexact][0].item()
-        raise ValueError(f"{name} has scale {value:.6g}, which float16 and so GGUF's Q4_0 cannot hold: choose compressed-tensors")
+        raise ValueError(
+            f"{name} has scale {value:.6g}, which float16 and so GGUF's Q4_0 cannot hold: choose compressed-tensors"
+        )
     each = repeat(half, "r b -> r (b n)", n=quantized.format.block // Q4_0_BLOCK).contiguous()
     return each.view(torch.uint8).unflatten(-1, (-1, 2))
 

@@ -35,7 +35,9 @@ def architecture_of(config: dict) -> Architecture:
         raise ValueError("the layout gguf needs the package gguf: pip install 'gguf>=0.19'") from None
     kind = config["model_type"]
     if kind not in ARCHITECTURES:
-        raise ValueError(f"model type {kind!r} cannot be written as GGUF here; {', '.join(ARCHITECTURES)} can: choose another layout")
+        raise ValueError(
+            f"model type {kind!r} cannot be written as GGUF here; {', '.join(ARCHITECTURES)} can: choose another layout"
+        )
     return ARCHITECTURES[kind]
 
 

@@ -48,7 +48,9 @@ class GPTQLayout:
         refuse_others(name, quantized.format)
         d_out, d_in = quantized.codes.shape
         if d_out % 8 or d_in % 8:
-            raise ValueError(f"{name} has shape ({d_out}, {d_in}); GPTQ's layout packs eight a word both ways: leave it in 16 bits")
+            raise ValueError(
+                f"{name} has shape ({d_out}, {d_in}); GPTQ's layout packs eight a word both ways: leave it in 16 bits"
+            )
         blocks = quantized.scales.shape[1]
         zeros = torch.full((blocks, d_out), STORED_ZERO[self.version], dtype=torch.uint8, device=quantized.codes.device)
         return {
@@ -83,7 +85,9 @@ class GPTQLayout:
         for name, format in formats.items():
             refuse_others(name, format)
         if len(blocks) > 1:
-            raise ValueError(f"blocks of {sorted(blocks)} in one model; GPTQ's layout holds one size: choose compressed-tensors")
+            raise ValueError(
+                f"blocks of {sorted(blocks)} in one model; GPTQ's layout holds one size: choose compressed-tensors"
+            )
         config = {
             "quant_method": "gptq",
             "bits": 4,

@@ -144,7 +144,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     mark = f".{PARTS[layout.name].mark}"
     linears = tuple(sorted(name.removesuffix(mark) for name in files if name.endswith(mark)))
     if not linears:
-        raise ValueError(f"{folder} has no tensor {mark!r}, so no linear quantized in the layout {layout.name}: is the config its own?")
+        raise ValueError(
+            f"{folder} has no tensor {mark!r}, so no linear quantized in the layout {layout.name}: is the config its own?"
+        )
     return Checkpoint(folder, layout, config, said, files, about, linears, has_activations(said))
 
 
@@ -159,7 +161,9 @@ def layout_of(folder: Path, said: dict) -> Layout:
         if version not in STORED_ZERO:
             raise ValueError(f"{folder} has checkpoint_format {version!r}; GPTQ's known here are {', '.join(STORED_ZERO)}")
         return GPTQLayout(version)
-    raise ValueError(f"{folder} is quantized by {method!r}; layouts read here are compressed-tensors, modelopt, gptq and gptq-v2")
+    raise ValueError(
+        f"{folder} is quantized by {method!r}; layouts read here are compressed-tensors, modelopt, gptq and gptq-v2"
+    )
 
 
 def has_activations(said: dict) -> bool:
@@ -178,7 +182,9 @@ def format_of(linear: str, about: dict[str, dict], layout: str) -> Format:
     if codes["dtype"] == "U8":
         return NVFP4 if f"{linear}.{parts.tensor_scale}" in about else MXFP4
     if codes["dtype"] != "I32" or scales["dtype"] not in INT4_GRIDS:
-        raise ValueError(f"{linear} has codes in {codes['dtype']} and scales in {scales['dtype']}, which no 4-bit format here has")
+        raise ValueError(
+            f"{linear} has codes in {codes['dtype']} and scales in {scales['dtype']}, which no 4-bit format here has"
+        )
     d_in, blocks = d_in_of(codes, layout), scales["shape"][0 if layout.startswith("gptq") else 1]
     return replace(INT4_G128, block=d_in // blocks, grid=INT4_GRIDS[scales["dtype"]])
 
