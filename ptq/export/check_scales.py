@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ptq.core.formats import E8M0, decode_scales
-from ptq.export.finding import ERROR, NOTE, WARNING, Finding, fused_groups
-from ptq.export.marlin import SMALLEST, factor, flushed
+from ptq.export.finding import ERROR, NOTE, WARNING, Finding, engine_layers, fused_groups
+from ptq.export.marlin import flushed, smallest_kept
 from ptq.export.reader import Checkpoint
 
 SAME = "quantize again with one tensor_scale for what engines fuse (ptq does)"
@@ -15,31 +15,32 @@ SAME = "quantize again with one tensor_scale for what engines fuse (ptq does)"
 
 def check_scales(checkpoint: Checkpoint, linears: Sequence[str]) -> Iterator[Finding]:
     """`linears`: those whose tensors can be read."""
-    lost = total = layers = 0
-    worst, share = "", 0.0
     for group in fused_groups(linears):
-        scales = {name: block_scales(checkpoint, name) for name in group}
-        for name, values in scales.items():
-            yield from check_values(checkpoint, name, values)
+        for name in group:
+            yield from check_values(checkpoint, name, block_scales(checkpoint, name))
         yield from check_fused(checkpoint, group)
-        if all(checkpoint.format(name).tensor_scale for name in group):
-            together = torch.cat([values.flatten() for values in scales.values()]).nan_to_num(0.0).clamp(min=0)
-            gone = int(flushed(together).sum())
-            lost, total, layers = lost + gone, total + together.numel(), layers + (gone > 0)
-            if gone / together.numel() > share:
-                worst, share = group[0], gone / together.numel()
-                smallest = SMALLEST / factor(together).item()
+    yield from check_marlin(checkpoint, [name for name in linears if checkpoint.format(name).tensor_scale])
+
+
+def check_marlin(checkpoint: Checkpoint, linears: Sequence[str]) -> Iterator[Finding]:
+    """How many block scales vLLM's Marlin sets to zero, and where most of them are."""
+    model = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    lost = total = 0
+    layers: list[tuple[float, str, float]] = []
+    for layer in engine_layers(linears):
+        scales = torch.cat([block_scales(checkpoint, name).flatten() for name in layer]).nan_to_num(0.0).clamp(min=0)
+        gone = int(flushed(scales, model).sum())
+        lost, total = lost + gone, total + scales.numel()
+        if gone:
+            layers.append((gone / scales.numel(), layer[0], smallest_kept(scales, model)))
     if lost:
+        share, worst, smallest = max(layers)
         sentence = (
-            f"{lost} of {total} block scales in {layers} fused layers are set to zero by vLLM's Marlin kernel (GPUs before "
-            f"Blackwell), most here, {share:.2%}, all below {smallest:g}"
+            f"{lost} of {total} block scales in {len(layers)} fused layers are set to zero by vLLM's Marlin kernel (GPUs "
+            f"before Blackwell), most here, {share:.2%}, all below {smallest:g}"
         )
-        yield Finding(
-            NOTE if lost / total < 1e-3 else WARNING,
-            worst,
-            sentence,
-            "see what it costs (docs/formats.md), or raise small scales",
-        )
+        remedy = "see what it costs (docs/formats.md), or quantize again with larger small scales"
+        yield Finding(NOTE if lost / total < 1e-3 else WARNING, worst, sentence, remedy)
 
 
 def block_scales(checkpoint: Checkpoint, name: str) -> Tensor:

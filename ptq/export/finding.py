@@ -41,6 +41,14 @@ def fused_groups(linears: Iterable[str]) -> Iterator[tuple[str, ...]]:
     yield from (tuple(group) for group in groups.values())
 
 
+def engine_layers(linears: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """The linears by what engines make one weight of: fused groups, and those of all experts of a layer together."""
+    layers: dict[str, list[str]] = {}
+    for group in fused_groups(linears):
+        layers.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", group[0]), []).extend(group)
+    yield from (tuple(layer) for layer in layers.values())
+
+
 def matcher(layout: str) -> Callable[[str, str], bool]:
     """How a layout's readers match a pattern with a linear's name: (pattern, name) -> bool."""
     return matches_wildcard if layout == "modelopt" else matches_compressed

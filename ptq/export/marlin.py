@@ -23,6 +23,11 @@ def factor(scales: Tensor) -> Tensor:
     return torch.where(largest > 0, torch.ldexp(torch.ones(()), exponent), torch.ones(()))
 
 
-def flushed(scales: Tensor) -> Tensor:
+def smallest_kept(scales: Tensor, model: str = "bfloat16") -> float:
+    """The scale below which those of a fused layer (any shape, float32) are set to zero, in a model of that dtype."""
+    return SMALLEST / (1.0 if model == "float16" else factor(scales).item())
+
+
+def flushed(scales: Tensor, model: str = "bfloat16") -> Tensor:
     """Which scales (any shape, float32, not negative) of a fused layer are set to zero."""
-    return (scales > 0) & (scales * factor(scales) < SMALLEST)
+    return (scales > 0) & (scales < smallest_kept(scales, model))
