@@ -16,6 +16,7 @@ from ptq.core.packing import Quantized
 from ptq.export.convert import convert
 from ptq.export.files import save_tensors
 from ptq.export.gguf_blocks import from_blocks, kind_of, to_blocks
+from ptq.export.gguf_layout import permuted
 from ptq.export.gguf_model import rope_factors
 from ptq.export.gguf_tokenizer import split_of, vocabulary
 from ptq.export.gptq_layout import GPTQLayout
@@ -172,6 +173,13 @@ def test_a_gguf_file_read_back_holds_the_model(tmp_path, family, format):
     assert arch == family and fields[f"{arch}.attention.head_count_kv"] == 2 and fields[f"{arch}.block_count"] == 2
     assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == "gpt-2"
     assert fields["tokenizer.ggml.tokens"][62:] == ["ab", "abc"] and fields["tokenizer.ggml.merges"] == ["a b", "ab c"]
+
+
+def test_biases_of_q_and_k_change_places_like_their_rows():
+    config = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    assert permuted("layers.0.self_attn.q_proj.bias", torch.arange(8), config).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert permuted("layers.0.self_attn.k_proj.bias", torch.arange(4), config).tolist() == [0, 2, 1, 3]
+    assert permuted("layers.0.self_attn.v_proj.bias", torch.arange(4), config).tolist() == [0, 1, 2, 3]
 
 
 def test_llama_3s_rotary_factors_are_transformers():
