@@ -281,6 +281,20 @@ def test_int4_scales_may_be_negative(copy):
     assert all("tensor parallel" in finding.sentence for finding in check(folder))
 
 
+def test_linears_in_eight_bits_beside_are_left_alone(copy):
+    """FP8 in a mixed checkpoint: its weight, its weight_scale and its inputs are no findings."""
+    folder = copy("nvfp4")
+    configure(folder, lambda c: c["config_groups"]["group_0"].update(targets=["re:.*(self_attn|gate|up|layers.1)"]))
+    eight = {"targets": [DOWN], "weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}
+    configure(folder, lambda c: c["config_groups"].update(group_1=eight))
+    change(folder, f"{DOWN}.weight_packed", lambda t: None)
+    change(folder, f"{DOWN}.weight_global_scale", lambda t: None)
+    path = folder / "model-00002-of-00003.safetensors"
+    save_tensors(path, load_file(path) | {f"{DOWN}.weight": torch.zeros(64, 128).to(torch.float8_e4m3fn)})
+    write_index(folder)
+    assert not check(folder)
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json: name a checkpoint's folder"):
         check(tmp_path)

@@ -74,7 +74,7 @@ def check_values(checkpoint: Checkpoint, name: str, scales: Tensor) -> Iterator[
             value = single(checkpoint, f"{name}.{part}")
             if not (0 < value < float("inf")):
                 yield Finding(ERROR, f"{name}.{part}", f"it is {value}, not a positive number", again)
-    needs = checkpoint.activations and checkpoint.format(name).tensor_scale
+    needs = checkpoint.rounds_inputs(name) and checkpoint.format(name).tensor_scale
     if needs and f"{name}.{checkpoint.parts.input_scale}" not in checkpoint.files:
         sentence = (
             f"activations are quantized and there is no {checkpoint.parts.input_scale}; vLLM computes with uninitialised memory"

@@ -16,6 +16,7 @@ from torch import Tensor
 from ptq.core.formats import BF16, INT4_G128, MXFP4, NVFP4, Format, ScaleGrid
 from ptq.core.packing import Quantized
 from ptq.export.compressed_tensors import CompressedTensors
+from ptq.export.finding import matches_compressed
 from ptq.export.gptq_layout import STORED_ZERO, VERSION_1, GPTQLayout
 from ptq.export.index import header, read_tensors
 from ptq.export.layout import Layout
@@ -111,10 +112,21 @@ class Checkpoint:
             return quantized
         return replace(quantized, format=replace(quantized.format, grid=BF16))
 
+    def rounds_inputs(self, linear: str) -> bool:
+        """Whether the configuration has this linear's inputs in 4 bits."""
+        groups = self.quantization.get("config_groups", {}).values()
+        matching = (g for g in groups if any(matches_compressed(target, linear) for target in g.get("targets", [])))
+        group = next(matching, None)
+        return self.activations if group is None or self.layout.name != "compressed-tensors" else in_four_bits(group)
+
     def dense(self) -> list[str]:
-        """Names of the modules whose weight is a matrix and not quantized, embeddings aside."""
+        """Names of the modules whose weight is a matrix in 16 or 32 bits, embeddings aside."""
         ends = ".weight"
-        matrices = [name for name, about in self.about.items() if name.endswith(ends) and len(about["shape"]) == 2]
+        matrices = [
+            name
+            for name, about in self.about.items()
+            if name.endswith(ends) and len(about["shape"]) == 2 and about["dtype"] in ("BF16", "F16", "F32")
+        ]
         modules = [name.removesuffix(ends) for name in matrices]
         return sorted(name for name in modules if name not in self.linears and "embed" not in name.rpartition(".")[2])
 
@@ -167,11 +179,15 @@ def layout_of(folder: Path, said: dict) -> Layout:
 
 
 def has_activations(said: dict) -> bool:
-    """Whether the configuration has inputs quantized too."""
+    """Whether the configuration has inputs in 4 bits too."""
     inner = said.get("quantization", said)
     if "quant_algo" in inner:
         return str(inner["quant_algo"]).upper() == "NVFP4"
-    return any(group.get("input_activations") for group in said.get("config_groups", {}).values())
+    return any(in_four_bits(group) for group in said.get("config_groups", {}).values())
+
+
+def in_four_bits(group: dict) -> bool:
+    return (group.get("input_activations") or {}).get("num_bits") == 4
 
 
 def format_of(linear: str, about: dict[str, dict], layout: str) -> Format:
