@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ptq.models.families import FAMILIES
 from ptq.models.loading import check_fit, locate, weight_arguments
 
 
@@ -39,6 +40,7 @@ def load_any(source: str, *, dtype: torch.dtype | None = None, device: str = "cp
         config = AutoConfig.from_pretrained(where, **extra)
         tokenizer = AutoTokenizer.from_pretrained(where, **extra)
         begin = time.perf_counter()
+        check_experts(source, config)
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
             where, attn_implementation="sdpa", output_loading_info=True, **arguments(config, dtype, extra)
         )
@@ -51,6 +53,18 @@ def load_any(source: str, *, dtype: torch.dtype | None = None, device: str = "cp
         raise ValueError(f"{source} lacks {len(absent)} tensors of the model, among them {sorted(map(str, absent))[0]}")
     check_fit(tokenizer.vocab_size - 1, model, source)
     return Loaded(model, tokenizer, seconds, weight_files(where, extra))
+
+
+def check_experts(source: str, config: Any) -> None:
+    """Raises ValueError for a mixture in NVFP4 or MXFP4, of whose experts transformers 5.23 leaves the global scales out: it
+    loads without a word and is another model."""
+    quantized = getattr(config, "quantization_config", None) or {}
+    family = FAMILIES.get(config.model_type)
+    if family and family.experts and "fp4" in str(quantized.get("format", "")):
+        raise ValueError(
+            f"{source} is a mixture of experts in {quantized['format']}, which transformers does not load right; quantize with "
+            "--evaluate, which scores it with experts as plain linears, or serve it with vLLM"
+        )
 
 
 def arguments(config: Any, dtype: torch.dtype | None, extra: dict[str, str]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ COMMANDS = {
     "quantize": ("ptq.cli.quantize", "quantize a model to 4 bits"),
     "plan": ("ptq.cli.plan", "say what quantizing would do, take, and where it would fail"),
     "evaluate": ("ptq.cli.evaluate", "models side by side: perplexity, KL, lm-eval tasks, size"),
+    "check": ("ptq.cli.check", "a checkpoint, anyone's, against what readers and engines impose"),
+    "convert": ("ptq.cli.convert", "a checkpoint in another layout, bit for bit"),
     "compare": ("ptq.cli.compare", "many methods and formats on one model"),
 }
 

@@ -1,6 +1,7 @@
 """The proof that a checkpoint reads back: transformers and compressed-tensors load it, and its logits are compared."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ def verify(
     if not whole:
         config.num_hidden_layers = layers
         config.layer_types = config.layer_types[:layers] if getattr(config, "layer_types", None) else None
-    load = load_with_experts if adapter.has_experts else load_dense
-    loaded, missing, unexpected = load(folder, config, adapter.model.config._attn_implementation)
+    loaded, missing, unexpected = loader(adapter.has_experts)(folder, config, adapter.model.config._attn_implementation)
     problems = {"missing_keys": missing, "unexpected_keys": unexpected if whole else set()}
     found = [f"{kind}: {sorted(names)[:3]}" for kind, names in problems.items() if names]
     if found:
@@ -43,6 +43,15 @@ def verify(
 
 Loaded = tuple[Any, set[str], set[str]]
 """A model, the names of tensors it needs and the files lack, and of those for which it has no place."""
+
+
+def load_checkpoint(folder: Path, *, experts: bool, attention: str) -> Any:
+    """The model of a checkpoint of ours in bfloat16; its weights are unpacked at the first forward."""
+    return loader(experts)(folder, AutoConfig.from_pretrained(folder), attention)[0].eval()
+
+
+def loader(experts: bool) -> Callable[[Path, PretrainedConfig, str], Loaded]:
+    return load_with_experts if experts else load_dense
 
 
 def load_dense(folder: Path, config: PretrainedConfig, attention: str) -> Loaded:

@@ -9,13 +9,13 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import ptq
 from ptq.eval.paired import difference
 from ptq.eval.perplexity import dtype_of, score_models, summarize
-from ptq.export.checkpoint import DTYPE, ReadBackError, write_rest
-from ptq.export.read_back import layers_that_fit, verify
+from ptq.export.checkpoint import ReadBackError, write_rest
+from ptq.export.read_back import layers_that_fit, load_checkpoint, verify
 from ptq.models.adapter import ModelAdapter
 from ptq.models.loading import quiet
 from ptq.pipeline.calibration import GIVEN, Windows
@@ -78,10 +78,10 @@ def compare(
     label = recipe.method if recipe.method == "gptq" or recipe.rule == "absmax" else f"{recipe.method}-{recipe.rule}"
     with quiet():
         original = source.load()
-        checkpoint = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE, attn_implementation="sdpa")
-        checkpoint.to(device)  # type: ignore[arg-type]
-        checkpoint.eval()(windows[:1, :2].to(device))  # weights are unpacked at the first forward
-        checkpoint.to(dtype=original.dtype)  # type: ignore[call-arg]
+        attention = str(source.adapter.config._attn_implementation)
+        checkpoint = load_checkpoint(folder, experts=source.adapter.has_experts, attention=attention).to(device)
+        checkpoint(windows[:1, :2].to(device))  # weights are unpacked at the first forward
+        checkpoint.to(dtype=original.dtype)
     models = {"original": original, "rtn": rounded(copy.deepcopy(original), recipe, ignored), label: checkpoint}
     scored = score_models(models, tqdm(windows, "evaluate", unit="window", disable=hidden))
     prompt = windows[0, :PROMPT_TOKENS]

@@ -17,6 +17,7 @@ from ptq.cost.preview import Preview, make_preview
 from ptq.cost.shape import shape_of
 from ptq.export.compressed_tensors import CompressedTensors
 from ptq.export.files import check_output, save_text
+from ptq.export.manifest import write_manifest
 from ptq.models.loading import open_model, quiet
 from ptq.pipeline.calibration import Given, Windows, make_windows, read_calibration
 from ptq.pipeline.card import model_card
@@ -79,6 +80,7 @@ def run(
                 report |= {"command": None, "rules": described(rules)}
             report |= {"bytes": size, "seconds": time.perf_counter() - begin}
             save_text(unfinished.checkpoint / "report.json", json.dumps(report, indent=1) + "\n")
+            write_manifest(unfinished.checkpoint)
             save_text(unfinished.checkpoint / "README.md", model_card(report, job.plan))
         unfinished.finish()
         return report
