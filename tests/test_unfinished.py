@@ -124,10 +124,10 @@ def test_another_models_weights_are_not_gone_on_with(main, tmp_path, job, capsys
     """After one layer a weight of another changes, as when an adapter is merged in place: size and header stay."""
     output, write, path = tmp_path / "out", Unfinished.write_layer, tmp_path / "model" / "model.safetensors"
 
-    def full(self, prefix, done, *arguments):
-        if done.index == 1:
+    def full(self, done, *arguments):
+        if done.layer.index == 1:
             raise OSError(28, "No space left on device")
-        write(self, prefix, done, *arguments)
+        write(self, done, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Unfinished, "write_layer", full)
