@@ -70,10 +70,12 @@ def check_sizes(
         if value is None:
             continue
         if type(value) is not int or value < low:
-            raise ValueError(f"{where}: {name} is {value!r}, not a whole number from {low} up; correct it")
+            raise ValueError(f"{where}: {name} is {repr(value)[:50]}, not a whole number from {low} up; correct it")
         if value > high:
             unit = "bytes" if high == stored else "layers" if name == "num_hidden_layers" else "as their largest dimension"
-            raise ValueError(f"{where}: {name} is {value}, but the weight files have {high} {unit}; it is not their config")
+            raise ValueError(
+                f"{where}: {name} is {str(value)[:50]}, but the weight files have {high} {unit}; it is not their config"
+            )
     experts = max(sizes.get(name) or 1 for name in COUNTS[:3])
     parts = (sizes.get("num_hidden_layers") or 1) * experts * (sizes.get("hidden_size") or 1)
     if parts > stored:  # a byte for each weight of one norm a layer is far less than any format takes

@@ -26,6 +26,7 @@ from ptq.models.loading import load_model, open_model
 from ptq.models.shards import Shards
 from ptq.run.resume import Unfinished, unfinished_folder
 
+from .fuzz import PARSERS, Watch, fuzz
 from .test_script import job, main, one_line_error  # noqa: F401  # fixtures
 from .tiny import save_tiny
 
@@ -403,3 +404,16 @@ def test_a_read_only_place_is_refused_at_once(tmp_path):
             check_output(disk / "out", 0)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_mutated_files_are_read_or_refused(tmp_path, parser, watch):
+    """2,000 cases here; scripts/torture.py runs as many as one likes.  A fixed seed: what is found becomes a case of its own."""
+    cases = 500 if parser == "loaded config" else 2000
+    result = fuzz(parser, cases, 1, tmp_path, watch)
+    assert result["accepted"] and result["refused"]
+
+
+@pytest.fixture(scope="session")
+def watch() -> Watch:
+    return Watch()  # an audit hook stays for good
