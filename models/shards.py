@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ptq.runtime.checks import check_finite
 
 LARGEST_INDEX = 10**8  # bytes, as many as safetensors allows a header
+LARGEST_WEIGHT = 1e15  # sums of squares of errors stay within float32
 LAYER_NUMBER = re.compile(r"\blayers\.([0-9]{1,9})\.")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -103,13 +104,19 @@ def check_links(folder: Path, patterns: Iterable[str]) -> None:
 
 
 def check_weights(path: Path) -> None:
-    """Raises ValueError that names a tensor of a safetensors file with a value that is not finite."""
+    """Raises ValueError that names a tensor of a safetensors file with a value that is not finite, or of absurd size."""
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  # it is no dictionary
             tensor = file.get_tensor(name)
-            # The sum is finite only if every value is; it costs a tenth of looking at each, and may overflow where all are.
-            if tensor.dtype in DTYPES.values() and not tensor.sum(dtype=torch.float64).isfinite():
+            if tensor.dtype not in DTYPES.values() or not tensor.numel():
+                continue
+            low, high = tensor.aminmax()  # NaN where one is in the tensor
+            if not -LARGEST_WEIGHT <= float(low) <= float(high) <= LARGEST_WEIGHT:
                 check_finite(f"{path}: {name}", tensor)
+                size = max(-float(low), float(high))
+                raise ValueError(
+                    f"{path}: {name} holds a weight of {size:.3g}; errors of more than {LARGEST_WEIGHT:.0e} overflow"
+                )
 
 
 def read_header(path: Path) -> bytes:

@@ -7,6 +7,7 @@ it runs it may open nothing for writing, start nothing and connect to nothing (s
 opens only what it is given), and it takes at most SECONDS a case.
 """
 
+import copy
 import gzip
 import json
 import os
@@ -102,7 +103,7 @@ def altered(value: object, draw: random.Random) -> object:
                 elif kind == 1 and isinstance(part, dict):
                     part[str(draw.choice(ODD))] = part.pop(key)
                 else:
-                    part[key] = draw.choice(ODD)  # type: ignore[index]
+                    part[key] = copy.deepcopy(draw.choice(ODD))  # type: ignore[index]
                 break
             part = below
     return value
