@@ -52,6 +52,7 @@ from ptq.run.settings import DRIFTS, EFFORTS, IMPORTANCES, make_recipe
 from ptq.run.solve import CertificateError, Record
 from ptq.run.summary import summary
 from ptq.runtime.distributed import init_process_group, local_device
+from ptq.runtime.stop import say_stopped, stoppable
 
 PLACES = {"auto": None, "device": False, "host": True}
 VERIFY_TOKENS = 128
@@ -292,12 +293,15 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     rank = os.environ.get("RANK", "0")
     try:
-        report = run(args)
+        with stoppable():
+            report = run(args)
         if report is not None:
             print(report if isinstance(report, str) else summary(report))
     except (ValueError, OSError, SafetensorError, CertificateError, ReadBackError, torch.OutOfMemoryError) as error:
         print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stopped:
+        return say_stopped(stopped, args.output and unfinished_folder(args.output))
     return 0
 
 

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import transformers
+
 from ptq.data.text import read_jsonl
 from ptq.models.configuration import check_config
 from ptq.models.gguf_header import check_gguf
@@ -246,6 +248,7 @@ def answer(parse: Callable[[], object], watch: Watch) -> bool:
 
 def main() -> int:
     cases, seed, names = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] or list(PARSERS)
+    transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         watch = Watch()
         for name in names:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,31 @@ def test_an_empty_folder_is_removed_before_it_is_unlocked(tmp_path, monkeypatch)
     monkeypatch.setattr(shutil, "rmtree", look)
     first.close()
     assert seen == [unfinished_folder(tmp_path / "out")] and not seen[0].exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_run_that_is_stopped_says_in_one_line_how_to_go_on(main, tmp_path, job, number, capsys, monkeypatch):  # noqa: F811
+    """The signal comes while the second layer is worked on."""
+    output, write = tmp_path / "out", Unfinished.write_layer
+    arguments = [*job, "--device", "cpu", "--output", str(output)]
+
+    def stop(self, done, *arguments):
+        write(self, done, *arguments)
+        os.kill(os.getpid(), number)
+
+    capsys.readouterr()
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "write_layer", stop)
+        assert main(arguments) == 128 + number
+    assert signal.getsignal(number) == before and not output.exists()
+    (said,) = capsys.readouterr().err.splitlines()
+    by = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
+    kept = unfinished_folder(output)
+    assert said == f"stopped by {by}; {kept} keeps what is done, and the same command with --resume goes on"
+    assert main([*arguments, "--resume"]) == 0
+    assert main([*arguments[:-1], str(tmp_path / "again")]) == 0
+    assert contents(output) == contents(tmp_path / "again")
 
 
 def fail(*_args, **_kwargs):
