@@ -37,7 +37,9 @@ class Shards:
     def __init__(self, folder: Path):
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
         for path in shard_paths(folder):
+            self._stamps[path] = stamp(path)
             for name, entry in json.loads(read_header(path)).items():
                 if name != "__metadata__":
                     if name in self.tensors:
@@ -50,7 +52,8 @@ class Shards:
         return next(DTYPES[stored.dtype] for stored in self.tensors.values() if stored.dtype in DTYPES)
 
     def read(self, names: Iterable[str], *, pin: bool = False) -> dict[str, Tensor]:
-        """Tensors on the CPU, in pinned memory with `pin`.  Raises ValueError that names one that is not there."""
+        """Tensors on the CPU, in pinned memory with `pin`.  Raises ValueError that names one that is not there, or a file that was
+        changed since it was opened: layers of two models would be mixed."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self.tensors:
@@ -58,11 +61,21 @@ class Shards:
             by_file.setdefault(self.tensors[name].path, []).append(name)
         found: dict[str, Tensor] = {}
         for path, wanted in by_file.items():
+            if stamp(path) != self._stamps[path]:
+                raise ValueError(f"{path} was changed or removed while it was read; nothing may write to the model's folder")
             with safe_open(path, framework="pt") as file:
                 for name in wanted:
                     tensor = file.get_tensor(name)
                     found[name] = tensor.pin_memory() if pin else tensor
         return found
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Changes with every write to the file; (0, 0) where there is none."""
+    if not path.is_file():
+        return 0, 0
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def layers_of(names: Iterable[str]) -> int:

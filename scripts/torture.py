@@ -26,54 +26,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
+Bench = runpy.run_path(str(TESTS / "bench.py"))["Bench"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WAYS = {"dense": [], "row feedback": ["--effort", "best"]}
-
-
-class Bench:
-    """The tiny model, its text, and runs of scripts/quantize_llama.py on them: forks, which share what is imported."""
-
-    def __init__(self, folder: Path, layers: int = 3):
-        tiny = runpy.run_path(str(TESTS / "tiny.py"))
-        forks = runpy.run_path(str(TESTS / "kill_and_resume.py"))
-        self.main, self.contents, self.folder = forks["script"](), forks["digest"], folder
-        self.model = folder / "model"
-        tiny["save_tiny"](self.model, num_hidden_layers=layers)
-        (folder / "text.txt").write_text(tiny["TEXT"])
-        about = ["--calibration", str(folder / "text.txt"), "--sequences", "8", "--length", "32", "--device", "cpu"]
-        self.arguments = [str(self.model), *about]
-
-    def command(self, output: Path, *options: str) -> list[str]:
-        return [*self.arguments, *options, "--output", str(output)]
-
-    def start(self, arguments: list[str]) -> tuple[int, Path]:
-        """(process, file of what it says)."""
-        said = self.folder / "said.txt"
-        child = os.fork()
-        if child == 0:
-            descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            sys.stdout, sys.stderr = (open(i, "w", buffering=1, closefd=False) for i in (1, 2))  # noqa: SIM115
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run has its own
-            os._exit(self.main(arguments))
-        return child, said
-
-    def run(self, arguments: list[str]) -> tuple[int, str]:
-        """(exit code, what it said)."""
-        child, said = self.start(arguments)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return code, said.read_text()
-
-    def reference(self, *options: str) -> tuple[dict[str, bytes], float]:
-        """(bytes of an undisturbed run, its seconds)."""
-        output = self.folder / "reference"
-        shutil.rmtree(output, ignore_errors=True)
-        begin = time.monotonic()
-        code, said = self.run(self.command(output, *options))
-        assert code == 0, said
-        return self.contents(output), time.monotonic() - begin
 
 
 def remove(output: Path) -> None:
@@ -236,6 +192,39 @@ def shards(bench: Bench, faults: int, draw: random.Random) -> Counter:
     return found
 
 
+def changed(bench: Bench, faults: int, draw: random.Random) -> Counter:
+    """The model's file is written to while a run reads it, a bit of it turned or its end cut off: refused, or all of one model."""
+    output, found, path = bench.folder / "changed", Counter(), bench.model / "model.safetensors"
+    good = path.read_bytes()
+    expected, whole = bench.reference()
+    for fault in range(faults):
+        bad, at = bytearray(good), draw.randrange(len(good))
+        bad[at] ^= 1 << draw.randrange(8)
+        bad = bad[:at] if fault % 2 else bad
+        child, told = bench.start(bench.command(output))
+        time.sleep(draw.uniform(0, whole))
+        path.write_bytes(bad)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        outcome = "lost"
+        if code == 1 and one_line(told.read_text()):
+            outcome = "refused in one line"
+        elif code == -signal.SIGBUS:  # the file was mapped when it was cut: the kernel's answer
+            outcome = "ended by SIGBUS"
+        elif code == 0 and bench.contents(output) == expected:
+            outcome = "finished and equal"
+        elif code == 0:
+            clean = bench.folder / "clean"
+            again, _ = bench.run(bench.command(clean))
+            outcome = "all of the other model" if again == 0 and bench.contents(clean) == bench.contents(output) else "lost"
+            remove(clean)
+        path.write_bytes(good)
+        found.update({"tried": 1, outcome: 1})
+        if outcome == "lost":
+            sys.stderr.write(f"changed {fault}, byte {at}: exit {code}, {told.read_text()[-500:]}\n")
+        remove(output)
+    return found
+
+
 def long_run(bench: Bench, layers: int) -> Counter:
     """Memory, open files and time a layer of a model of so many layers, from the tenth on: flat."""
     folder = Path(tempfile.mkdtemp(dir=bench.folder))
@@ -259,7 +248,7 @@ def long_run(bench: Bench, layers: int) -> Counter:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = [*WAYS, "ranks", "disk", "vanished", "shards", "long", "fuzz", "numerics"]
+    kinds = [*WAYS, "ranks", "disk", "vanished", "shards", "changed", "long", "fuzz", "numerics"]
     parser.add_argument("kinds", nargs="+", choices=["all", *kinds])
     parser.add_argument("--work", type=Path, required=True, help="a folder for all that is written; it is made")
     parser.add_argument("--faults", type=int, default=60, help="of each kind (default: %(default)s)")
@@ -277,7 +266,7 @@ def main() -> int:
             )
         else:
             bench, draw = Bench(Path(tempfile.mkdtemp(dir=args.work.resolve()))), random.Random(f"{kind} {args.seed}")
-            others = {"ranks": ranks, "disk": disk, "vanished": vanished, "shards": shards}
+            others = {"ranks": ranks, "disk": disk, "vanished": vanished, "shards": shards, "changed": changed}
             if kind in WAYS:
                 found = kills(bench, args.faults, draw, kind)
             else:

@@ -250,6 +250,22 @@ def test_a_weight_that_is_not_finite_is_found_before_the_first_layer(main, job, 
         assert not unfinished_folder(output).exists()
 
 
+@pytest.mark.parametrize("change", ["shorter", "other", "gone"])
+def test_a_file_that_changes_during_the_run_ends_it(model, change):
+    """Between the first layer and the third: what is read ahead may still be of the old one."""
+    save_tiny(model, num_hidden_layers=4)
+    path = model / "model.safetensors"
+    adapter, _, _ = open_model(str(model))
+    layers = adapter.layers()
+    next(layers)
+    content = path.read_bytes()
+    os.truncate(path, 100) if change == "shorter" else path.unlink()
+    if change == "other":
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors was changed or removed while it was read"):
+        list(layers)
+
+
 @pytest.mark.parametrize("size, fine", [(1e14, True), (-3e38, False)])
 def test_weights_of_absurd_size_are_refused(model, size, fine):
     """Squares of what is lost of 1e30 overflow float32, in which the search for scales compares them: no scale would be best."""
