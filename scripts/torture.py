@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def one_line(said: str) -> bool:
     return said.count("\n") == 1 and said.startswith(("error: ", "stopped by "))
 
 
-def kills(bench: Bench, faults: int, draw: random.Random, way: str) -> Counter:
+def kills(bench: Any, faults: int, draw: random.Random, way: str) -> Counter:
     """Signals at moments drawn from the time a run takes, one after the other in the same work, until it is finished."""
     options, output, found = WAYS[way], bench.folder / "killed", Counter()
     expected, whole = bench.reference(*options)
@@ -69,7 +70,7 @@ def kills(bench: Bench, faults: int, draw: random.Random, way: str) -> Counter:
     return found
 
 
-def ranks(bench: Bench, faults: int, draw: random.Random) -> Counter:
+def ranks(bench: Any, faults: int, draw: random.Random) -> Counter:
     """One of two ranks is killed or stopped, or torchrun gets Ctrl-C; --deterministic, so that resumed bytes are comparable."""
     process_of_rank, found = runpy.run_path(str(TESTS / "processes.py"))["process_of_rank"], Counter()
     output, options = bench.folder / "ranks", ["--deterministic"]
@@ -104,7 +105,7 @@ def ranks(bench: Bench, faults: int, draw: random.Random) -> Counter:
     return found
 
 
-def disk(bench: Bench, faults: int, draw: random.Random) -> Counter:
+def disk(bench: Any, faults: int, draw: random.Random) -> Counter:
     """A file system that is full after so many bytes, from none to all that a run writes; then larger, and the run goes on."""
     place, found = bench.folder / "disk", Counter()
     place.mkdir(exist_ok=True)
@@ -132,7 +133,7 @@ def disk(bench: Bench, faults: int, draw: random.Random) -> Counter:
     return found
 
 
-def vanished(bench: Bench, faults: int, draw: random.Random) -> Counter:
+def vanished(bench: Any, faults: int, draw: random.Random) -> Counter:
     """The unfinished folder is removed, or its checkpoint is, while the run goes on; and one output is given to two runs."""
     output, found = bench.folder / "vanished", Counter()
     expected, whole = bench.reference()
@@ -160,7 +161,7 @@ def vanished(bench: Bench, faults: int, draw: random.Random) -> Counter:
     return found
 
 
-def shards(bench: Bench, faults: int, draw: random.Random) -> Counter:
+def shards(bench: Any, faults: int, draw: random.Random) -> Counter:
     """The model's file is cut short, or a bit of it turned, before a run or before its --resume: refused, or another model."""
     output, found, path = bench.folder / "shards", Counter(), bench.model / "model.safetensors"
     good = path.read_bytes()
@@ -192,7 +193,7 @@ def shards(bench: Bench, faults: int, draw: random.Random) -> Counter:
     return found
 
 
-def changed(bench: Bench, faults: int, draw: random.Random) -> Counter:
+def changed(bench: Any, faults: int, draw: random.Random) -> Counter:
     """The model's file is written to while a run reads it, a bit of it turned or its end cut off: refused, or all of one model."""
     output, found, path = bench.folder / "changed", Counter(), bench.model / "model.safetensors"
     good = path.read_bytes()
@@ -225,7 +226,7 @@ def changed(bench: Bench, faults: int, draw: random.Random) -> Counter:
     return found
 
 
-def long_run(bench: Bench, layers: int) -> Counter:
+def long_run(bench: Any, layers: int) -> Counter:
     """Memory, open files and time a layer of a model of so many layers, from the tenth on: flat."""
     folder = Path(tempfile.mkdtemp(dir=bench.folder))
     deep, seen = Bench(folder, layers), []

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from threading import Event, Thread
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 INTERVAL, SILENCE = 2.0, 30.0  # seconds
 DONE = "done"
