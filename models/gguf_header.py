@@ -91,16 +91,16 @@ def read_tables(cursor: Cursor) -> tuple[dict[str, Any], dict[str, tuple[int, ..
     for _ in range(count):  # a count that lies ends at the end of the file
         name = cursor.string()
         if name in fields:
-            raise ValueError(f"field {name!r} twice")
+            raise ValueError(f"field {name[:50]!r} twice")
         fields[name] = cursor.value()
     shapes: dict[str, tuple[int, ...]] = {}
     offsets = []
     for _ in range(tensors):
         name, dimensions = cursor.string(), cursor.scalar("I")
         if name in shapes or dimensions > MOST_DIMENSIONS:
-            raise ValueError(f"tensor {name!r} is there twice, or has {dimensions} dimensions")
+            raise ValueError(f"tensor {name[:50]!r} is there twice, or has {dimensions} dimensions")
         if name.startswith("blk.") and not name.split(".")[1].isdecimal():
-            raise ValueError(f"tensor {name!r} has no layer number")
+            raise ValueError(f"tensor {name[:50]!r} has no layer number")
         shapes[name] = tuple(cursor.scalar("Q") for _ in range(dimensions))
         cursor.scalar("I")  # its type
         offsets.append(cursor.scalar("Q"))

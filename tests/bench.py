@@ -5,9 +5,12 @@ import runpy
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
+
+from tqdm import tqdm
 
 TRACEBACK = 99  # exit code of a run that ended in one
 TESTS = Path(__file__).resolve().parent
@@ -39,6 +42,7 @@ class Bench:
             os.dup2(descriptor, 2)
             sys.stdout, sys.stderr = (open(i, "w", buffering=1, closefd=False) for i in (1, 2))  # noqa: SIM115
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run has its own
+            tqdm.set_lock(threading.RLock())  # its own is shared with all forks, and one may be killed while it has it
             code = TRACEBACK
             try:
                 code = self.main(arguments)
