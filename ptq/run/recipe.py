@@ -81,7 +81,8 @@ def matches(name: str, pattern: str) -> bool:
     try:
         return re.match(pattern[3:], name) is not None
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"ignore pattern {pattern[:200]!r} is no regular expression: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"ignore pattern {pattern[:200]!r} is no regular expression: {reason}") from None
 
 
 def recipe_of(name: str, rules: Rules) -> Recipe | None:
