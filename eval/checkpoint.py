@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ptq.models.configuration import one_line
 from ptq.models.families import FAMILIES
 from ptq.models.loading import check_fit, locate, weight_arguments
 
@@ -36,18 +37,17 @@ def load_any(source: str, *, dtype: torch.dtype | None = None, device: str = "cp
     more words than the model has embeddings.
     """
     where, extra = locate(source)
-    try:
-        config = AutoConfig.from_pretrained(where, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(where, **extra)
+    with one_line(f"{source} cannot be loaded"):
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
         begin = time.perf_counter()
         check_experts(source, config)
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
-            where, attn_implementation="sdpa", output_loading_info=True, **arguments(config, dtype, extra)
-        )
+            where, trust_remote_code=False, attn_implementation="sdpa", output_loading_info=True,
+            **arguments(config, dtype, extra),
+        )  # fmt: skip
         model = model.to(device).eval()
         seconds = time.perf_counter() - begin
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ValueError(f"{source} cannot be loaded: {(str(error) or repr(error)).strip().splitlines()[0]}") from None
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
         raise ValueError(f"{source} lacks {len(absent)} tensors of the model, among them {sorted(map(str, absent))[0]}")

@@ -158,11 +158,20 @@ def inconclusive(change: Difference) -> str:
 def markdown(results: Sequence[Result]) -> str:
     parts = ["# Evaluation\n"]
     for table in tables(results):
-        cells = [[cell.replace("|", "\\|") for cell in row] for row in (table.head, *table.rows)]
+        cells = [[in_a_cell(cell) for cell in row] for row in (table.head, *table.rows)]
         lines = [f"| {' | '.join(row)} |" for row in cells]
         rule = "|---|" + "---:|" * (len(table.head) - 1)
-        parts.append("\n".join([f"## {table.title}", "", lines[0], rule, *lines[1:], "", table.note, ""]))
-    return "\n".join([*parts, footer(results), ""])
+        parts.append("\n".join([f"## {table.title}", "", lines[0], rule, *lines[1:], "", plain(table.note), ""]))
+    return "\n".join([*parts, plain(footer(results)), ""])
+
+
+def plain(text: str) -> str:
+    """For Markdown, without the markup that a model's or a file's name may bring, and in one line."""
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("[", "\\[").split())
+
+
+def in_a_cell(text: str) -> str:
+    return plain(text).replace("|", "\\|")
 
 
 def page(results: Sequence[Result]) -> str:

@@ -100,6 +100,30 @@ def test_help_and_a_run_as_a_program(job):
     assert "it/s" not in done.stderr and ran and not nothing and output.is_dir()
 
 
+@pytest.mark.slow
+def test_the_same_command_gives_the_same_bytes(job):
+    """In two processes at once, which hash strings differently; all files but the report, which holds times."""
+    *_, output, arguments = job
+    runs = []
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
+        given = [word.replace(str(output), f"{output}{seed}") for word in arguments]
+        command = [sys.executable, str(SCRIPT), *given, "--effort", "best"]
+        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment))
+    for run in runs:
+        said = run.communicate()[0]
+        assert run.returncode == 0, said
+    one, two = (
+        {
+            path.name: path.read_bytes()
+            for path in output.with_name(f"{output.name}{seed}").iterdir()
+            if path.name != "report.json"
+        }
+        for seed in ("1", "2")
+    )
+    assert one == two and one
+
+
 def one_line_error(main, arguments, capsys) -> str:
     assert main(arguments) == 1
     errors = capsys.readouterr().err.splitlines()

@@ -122,17 +122,22 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     from safetensors import SafetensorError
 
     from ptq.export.checkpoint import ReadBackError
+    from ptq.run.resume import unfinished_folder
     from ptq.run.solve import CertificateError
+    from ptq.runtime.stop import say_stopped, stoppable
 
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # said of every first backward pass on a GPU
     transformers.utils.logging.disable_progress_bar()
     rank = os.environ.get("RANK", "0")
     try:
-        text = quantize(args, settings)
+        with stoppable():
+            text = quantize(args, settings)
         if text is not None:
             print(text)
     except (ValueError, OSError, SafetensorError, CertificateError, ReadBackError, torch.OutOfMemoryError) as error:
         print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stopped:
+        return say_stopped(stopped, args.output and unfinished_folder(args.output))
     return 0

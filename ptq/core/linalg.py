@@ -91,7 +91,8 @@ def inverse_factor(A: Tensor, *, name: str = "H", remedy: str = "more calibratio
     and the `remedy`.
     """
     inverse, failed = inverse_cholesky(A.flip(0, 1))
-    if failed or not inverse.diagonal().isfinite().all():
+    diagonal = inverse.diagonal()
+    if failed or not ((diagonal > 0) & diagonal.isfinite()).all():  # 0 where A holds an infinity
         pivot = A.shape[0] - failed
         raise NotPositiveDefiniteError(f"{name} + damping is not positive definite (pivot {pivot} of {len(A)}); {remedy}")
     return inverse.flip(0, 1)

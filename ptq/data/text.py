@@ -7,8 +7,10 @@ ptq.data.presets knows, a Hugging Face dataset id, or `builtin`: the language re
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -18,6 +20,10 @@ from ptq.data.chat import Document, as_conversation
 from ptq.data.presets import PRESETS, find_preset, hub_documents
 
 BUILTIN_HELD_OUT = "builtin-heldout"
+# A text is in memory whole, and a small .gz file may unpack to any size.
+TEXT_BYTES = 2**31
+LINE_BYTES = 2**26
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def read_texts(source: str) -> list[str]:
@@ -63,23 +69,47 @@ def builtin_documents(*, held_out: bool) -> list[str]:
 
 
 def read_text(path: Path) -> str:
+    raw = b"".join(read_lines(path, TEXT_BYTES))
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return raw.decode("utf-8")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
 
 
+def read_lines(path: Path, longest: int) -> Iterator[bytes]:
+    """The lines of a file, unpacked from .gz, never more than one in memory.
+
+    Raises ValueError that names the line of more than `longest` bytes, for more than TEXT_BYTES in all, and for a damaged file.
+    """
+    whole = 0
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            for number in count(1):
+                line = file.readline(longest + 1)
+                whole += len(line)
+                if len(line) > longest:
+                    raise ValueError(f"{path}, line {number}: more than {longest} bytes; split it into shorter documents")
+                if whole > TEXT_BYTES:
+                    raise ValueError(f"{path}, line {number}: more than {TEXT_BYTES} bytes in all; give a part of the text")
+                if not line:
+                    return
+                yield line
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+
+
 def read_jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_lines(path, LINE_BYTES), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not UTF-8 text: byte {error.start} cannot be decoded") from None
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+            raise ValueError(f"{path}, line {number}: not JSON that one reads ({str(error).split(';')[0]})") from None
         record = record if isinstance(record, dict) else {}
         text = record.get("text")
         document = text if isinstance(text, str) else as_conversation(record.get("messages"))
@@ -87,6 +117,8 @@ def read_jsonl(path: Path) -> Iterator[Document]:
             raise ValueError(
                 f'{path}, line {number}: no field "text" with a string, nor "messages", each with role and content'
             )
+        if isinstance(text, str) and HALF_A_CHARACTER.search(text):
+            raise ValueError(f'{path}, line {number}: "text" holds half a surrogate pair, which is no character')
         yield document
 
 

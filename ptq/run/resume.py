@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,9 @@ from ptq.run.loop import LayerResult
 from ptq.run.solve import Record
 from ptq.runtime.adapter import Layer
 from ptq.runtime.distributed import Ranks
+
+# What an unfinished folder may hold before it says of which run it is.  It is emptied for a new one: nobody else's may be in it.
+OURS = re.compile(r"\.?(fingerprint\.json|token_importance\.safetensors|curvature|layers|checkpoint)(\.part)?")
 
 
 def code_version() -> str:
@@ -101,9 +105,14 @@ class Unfinished:
         self.finished, self.complete = ranks.all_gather_object((done, is_complete(output)))[0]
 
     def _open(self, about: dict, resume: bool) -> None:
+        if self.folder.is_symlink():
+            raise ValueError(f"{self.folder} is a link; remove it, or give another output")
         self.folder.mkdir(parents=True, exist_ok=True)
         sync(self.folder.parent)
         self._lock = lock(self.folder)
+        others = sorted(path.name for path in self.folder.iterdir() if not OURS.fullmatch(path.name))
+        if others and not (self.folder / "fingerprint.json").is_file():
+            raise ValueError(f"{self.folder} holds {others[0]!r}, which is of no run; remove it, or give another output")
         path = self.folder / "fingerprint.json"
         if not self.checkpoint.is_dir() and not is_complete(self.output):
             self._empty()  # new, or what is left of a finished run whose output is elsewhere by now
