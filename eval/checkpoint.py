@@ -14,6 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ptq.models.configuration import one_line
+from ptq.models.families import FAMILIES
 from ptq.models.loading import check_fit, locate, weight_arguments
 
 
@@ -35,22 +37,34 @@ def load_any(source: str, *, dtype: torch.dtype | None = None, device: str = "cp
     more words than the model has embeddings.
     """
     where, extra = locate(source)
-    try:
-        config = AutoConfig.from_pretrained(where, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(where, **extra)
+    with one_line(f"{source} cannot be loaded"):
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
         begin = time.perf_counter()
+        check_experts(source, config)
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
-            where, attn_implementation="sdpa", output_loading_info=True, **arguments(config, dtype, extra)
-        )
+            where, trust_remote_code=False, attn_implementation="sdpa", output_loading_info=True,
+            **arguments(config, dtype, extra),
+        )  # fmt: skip
         model = model.to(device).eval()
         seconds = time.perf_counter() - begin
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ValueError(f"{source} cannot be loaded: {(str(error) or repr(error)).strip().splitlines()[0]}") from None
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
         raise ValueError(f"{source} lacks {len(absent)} tensors of the model, among them {sorted(map(str, absent))[0]}")
     check_fit(tokenizer.vocab_size - 1, model, source)
     return Loaded(model, tokenizer, seconds, weight_files(where, extra))
+
+
+def check_experts(source: str, config: Any) -> None:
+    """Raises ValueError for a mixture in NVFP4 or MXFP4, of whose experts transformers 5.23 leaves the global scales out: it
+    loads without a word and is another model."""
+    quantized = getattr(config, "quantization_config", None) or {}
+    family = FAMILIES.get(config.model_type)
+    if family and family.experts and "fp4" in str(quantized.get("format", "")):
+        raise ValueError(
+            f"{source} is a mixture of experts in {quantized['format']}, which transformers does not load right; quantize with "
+            "--evaluate, which scores it with experts as plain linears, or serve it with vLLM"
+        )
 
 
 def arguments(config: Any, dtype: torch.dtype | None, extra: dict[str, str]) -> dict[str, Any]:

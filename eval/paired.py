@@ -26,6 +26,18 @@ class Difference:
     stderr: float
     items: int
 
+    @property
+    def conclusive(self) -> bool:
+        """Whether it is more than two standard errors from zero; False where there is no standard error."""
+        return abs(self.value) > 2 * self.stderr
+
+    @property
+    def items_needed(self) -> int | None:
+        """How many items would tell a difference of this size from none; None where no number would, or none is known."""
+        if not self.value or math.isnan(self.stderr):
+            return None
+        return math.ceil(self.items * (2 * self.stderr / self.value) ** 2)
+
 
 def ratio(items: Sequence[Item]) -> float:
     return sum(value for value, _ in items) / sum(weight for _, weight in items)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.eval.logits import Logits, run
+from ptq.eval.paired import ratio_stderr
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Score:
     """`tokens`: predicted tokens, so windows · (window - 1).  `kl` of the original to itself is 0.
 
     `agreement`: share of the predicted tokens for which the model's most likely token is the original's.  `dtype` the
-    model ran in, where that is known: the same checkpoint has another perplexity in another.
+    model ran in, where that is known: the same checkpoint has another perplexity in another.  `kl_stderr`: over windows;
+    None of one window.
     """
 
     ppl: float
@@ -29,6 +31,7 @@ class Score:
     window: int
     agreement: float = 1.0
     dtype: str | None = None
+    kl_stderr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,15 @@ def evaluate(models: Mapping[str, nn.Module], windows: Iterable[Tensor]) -> dict
     `windows`: token ids (length,) each; the models see one at a time, so that the logits of no more than one window are alive.
     Raises ValueError for logits that are not finite, naming model and layer, and where there are no windows.
     """
+    scores = score_models(models, windows)
+    return {name: replace(summarize(found), dtype=dtype_of(models[name])) for name, found in scores.items()}
+
+
+def score_models(models: Mapping[str, nn.Module], windows: Iterable[Tensor]) -> dict[str, list[WindowScore]]:
+    """What `evaluate` sums up, window by window."""
     original = next(iter(models.values()))
     there = (window.to(next(original.parameters()).device) for window in windows)
-    scores = score_windows({name: run(model, name) for name, model in models.items()}, there)
-    return {name: replace(summarize(found), dtype=dtype_of(models[name])) for name, found in scores.items()}
+    return score_windows({name: run(model, name) for name, model in models.items()}, there)
 
 
 def dtype_of(model: nn.Module) -> str:
@@ -81,10 +89,12 @@ def summarize(scores: Sequence[WindowScore]) -> Score:
     tokens = sum(score.tokens for score in scores)
     if not tokens:
         raise ValueError("no windows to evaluate on")
+    stderr = ratio_stderr([(score.kl, score.tokens) for score in scores])
     return Score(
         ppl=math.exp(sum(score.nll for score in scores) / tokens),
         kl=sum(score.kl for score in scores) / tokens,
         tokens=tokens,
         window=scores[-1].tokens + 1,
         agreement=sum(score.agreeing for score in scores) / tokens,
+        kl_stderr=None if math.isnan(stderr) else stderr,
     )

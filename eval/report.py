@@ -43,7 +43,8 @@ def tables(results: Sequence[Result]) -> list[Table]:
         cells = [[metric, *(row.get(label, "") for label in head[1:])] for metric, row in rows.items()]
         note = (
             f"Against {results[0]['label']}: paired over the same items, ± one standard error; ln for perplexities. "
-            "An asterisk marks what is more than two standard errors from zero."
+            "An asterisk marks what is more than two standard errors from zero. Less is inconclusive: these items do not tell "
+            "which is better; in brackets, about how many times as many would, if the difference is as large as it seems."
         )
         made.append(Table("Differences", note, head, cells))
     return made
@@ -143,18 +144,34 @@ def plus_minus(entry: Mapping[str, Any] | None) -> str:
 def signed(change: Difference) -> str:
     if math.isnan(change.stderr):
         return f"{change.value:+.4f}"
-    mark = " *" if abs(change.value) > 2 * change.stderr else ""
-    return f"{change.value:+.4f} ± {change.stderr:.4f}{mark}"
+    return f"{change.value:+.4f} ± {change.stderr:.4f}{' *' if change.conclusive else inconclusive(change)}"
+
+
+def inconclusive(change: Difference) -> str:
+    """Nothing where the two are equal item by item."""
+    if not change.stderr:
+        return ""
+    times = change.items_needed and change.items_needed / change.items
+    return f" inconclusive ({times:.0f}×)" if times and 1.5 <= times < 1000 else " inconclusive"
 
 
 def markdown(results: Sequence[Result]) -> str:
     parts = ["# Evaluation\n"]
     for table in tables(results):
-        cells = [[cell.replace("|", "\\|") for cell in row] for row in (table.head, *table.rows)]
+        cells = [[in_a_cell(cell) for cell in row] for row in (table.head, *table.rows)]
         lines = [f"| {' | '.join(row)} |" for row in cells]
         rule = "|---|" + "---:|" * (len(table.head) - 1)
-        parts.append("\n".join([f"## {table.title}", "", lines[0], rule, *lines[1:], "", table.note, ""]))
-    return "\n".join([*parts, footer(results), ""])
+        parts.append("\n".join([f"## {table.title}", "", lines[0], rule, *lines[1:], "", plain(table.note), ""]))
+    return "\n".join([*parts, plain(footer(results)), ""])
+
+
+def plain(text: str) -> str:
+    """For Markdown, without the markup that a model's or a file's name may bring, and in one line."""
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("[", "\\[").split())
+
+
+def in_a_cell(text: str) -> str:
+    return plain(text).replace("|", "\\|")
 
 
 def page(results: Sequence[Result]) -> str:

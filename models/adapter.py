@@ -5,7 +5,7 @@ they are given, and a layer is later run by itself with just that.  So an archit
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
+from ptq.models.experts import LinearExperts, experts_of, linearize
 from ptq.models.families import family_of
 from ptq.runtime.adapter import Group, Layer, LayerPlan
 from ptq.runtime.hooks import StopForward, observe_inputs
@@ -28,11 +29,17 @@ class ModelAdapter:
     def __init__(self, model: PreTrainedModel):
         self.family = family_of(model.config, type(model).__name__)
         self.model, self.config = model, model.config
+        if self.family.experts:
+            linearize(model, self.family.experts)
         self._body: Any = model.get_decoder()
         self.prefix = next(name for name, module in model.named_modules() if module is self._body) + ".layers."
         self.names = tuple(f"{self.prefix}{index}" for index in range(model.config.num_hidden_layers))
         self._calls: dict[tuple[int, torch.dtype, torch.device], list[Call]] = {}
         self._plans: dict[tuple, LayerPlan] = {}
+
+    @property
+    def has_experts(self) -> bool:
+        return self.family.experts is not None
 
     def parameters(self) -> int:
         """How many there are."""
@@ -45,7 +52,7 @@ class ModelAdapter:
             first.append(hidden)
             raise StopForward
 
-        self._run_body(note, input_ids=tokens)
+        self._run_body(note, input_ids=tokens, attention_mask=no_mask(tokens))
         return first[0]
 
     def skeleton(self) -> Iterator[Layer]:
@@ -53,7 +60,10 @@ class ModelAdapter:
 
     def layers(self, order: Sequence[int] | None = None) -> Iterator[Layer]:
         for index in range(len(self.names)) if order is None else order:
-            yield Layer(index, self.names[index], self._body.layers[index])
+            yield self._layer(index, self._body.layers[index])
+
+    def _layer(self, index: int, module: nn.Module) -> Layer:
+        return Layer(index, self.names[index], module, self.family.renamed)
 
     def forward(self, layer: Layer, hidden: Tensor) -> Tensor:
         args, kwargs = self._recorded(hidden)[layer.index]
@@ -63,20 +73,37 @@ class ModelAdapter:
         layers = self._body.layers
         replace_forward(layers, lambda index, _hidden, _call: hidden)
         try:
-            return self.model(inputs_embeds=hidden, use_cache=False).logits
+            return self.model(inputs_embeds=hidden, attention_mask=no_mask(hidden), use_cache=False).logits
         finally:
             restore_forward(layers)
 
+    def watch(self, layer: Layer, tokens: Mapping[int, Tensor] | None) -> None:
+        for experts in experts_of(layer.module):
+            experts.watched = tokens
+
+    def routing(self, layer: Layer) -> dict[int, Tensor]:
+        return next((experts.routing for experts in experts_of(layer.module)), {})
+
     def plan(self, layer: Layer) -> LayerPlan:
         """Found by running the layer on the meta device, once for all layers of its structure."""
-        linears = {name: module for name, module in layer.module.named_modules() if isinstance(module, nn.Linear)}
+        modules = dict(layer.module.named_modules())
+        keep = tuple(name for name in self.family.keep if name in modules)
+        linears = {name: part for name, part in modules.items() if isinstance(part, nn.Linear) and name not in keep}
         structure = tuple((name, linear.weight.shape) for name, linear in linears.items())
         if structure not in self._plans:
-            waves = waves_of(self._trace(layer, linears))
-            fused = tuple(there for names in self.family.fused if (there := tuple(n for n in names if n in linears)))
-            residual = {name: factor for name, factor in self.family.residual.items() if name in linears}
-            last = next(reversed(self.family.residual), None)
-            self._plans[structure] = LayerPlan(waves, fused, residual, last if last in residual else None)
+            residual = {n: factor for n, factor in self.family.residual_of(self.config).items() if n in linears}
+            last = next(reversed(self.family.residual_of(self.config)), None)
+            mixture = [name for name, part in modules.items() if isinstance(part, LinearExperts)]
+            experts = frozenset(name for name in linears if name.startswith(tuple(f"{part}." for part in mixture)))
+            self._plans[structure] = LayerPlan(
+                waves=waves_of(self._trace(layer, linears)),
+                fused=expand(self.family.fused, linears),
+                residual=residual,
+                output=last if last in residual else None,
+                keep=keep,
+                experts=experts,
+                share=self.config.num_experts_per_tok / len(modules[mixture[0]]) if mixture else 1.0,  # type: ignore[arg-type]
+            )
         return self._plans[structure]
 
     def ends(self) -> dict[str, Tensor]:
@@ -139,6 +166,23 @@ class ModelAdapter:
 
     def _buffers_on(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def no_mask(like: Tensor) -> Tensor:
+    """Stands for a finished mask where no layer runs: the model makes none then, nor looks at the device for it."""
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=like.device)
+
+
+def expand(fused: tuple[tuple[str, ...], ...], linears: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """The fused sets of a layer with these linears, where * in a name stands for every expert's number."""
+    sets: dict[tuple[int, str], list[str]] = {}
+    for number, names in enumerate(fused):
+        for name in names:
+            pattern = re.escape(name).replace(r"\*", r"(\d+)")
+            for linear in linears:
+                if found := re.fullmatch(pattern, linear):
+                    sets.setdefault((number, found[1] if "*" in name else ""), []).append(linear)
+    return tuple(map(tuple, sets.values()))
 
 
 def waves_of(groups: list[Group]) -> tuple[tuple[Group, ...], ...]:

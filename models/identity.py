@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptq.models.shards import read_header
+from ptq.models.shards import check_weights, read_header
 
 WHOLE = 2 * 10**9  # bytes up to which a file is read whole
 PIECES, PIECE = 17, 4096  # of every tensor of a larger one; an odd number has a middle
@@ -24,8 +24,13 @@ class ModelFiles:
     commit: str | None = None
 
     def identity(self, *, whole: int = WHOLE) -> dict[str, object]:
-        """By file name, [bytes, digest]; and the commit, if there is one.  The files are read (`digest`)."""
+        """By file name, [bytes, digest]; and the commit, if there is one.  The files are read (`digest`).
+
+        Raises ValueError for a weight that is not finite, wherever it is: else it would be met when its layer's turn comes.
+        """
         with ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(check_weights, (path for path in self.files if path.suffix == ".safetensors")):
+                pass
             digests = pool.map(lambda path: digest(path, whole=whole), self.files)
             found: dict[str, object] = {
                 path.name: [path.stat().st_size, text] for path, text in zip(self.files, digests, strict=True)

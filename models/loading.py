@@ -22,12 +22,15 @@ from transformers import (
 )
 
 from ptq.models.adapter import ModelAdapter
+from ptq.models.configuration import check_config, one_line, remote_code
 from ptq.models.families import family_of
+from ptq.models.gguf_header import check_gguf
 from ptq.models.identity import ModelFiles
-from ptq.models.shards import Shards, read_header, shard_paths
+from ptq.models.shards import Shards, check_links, shard_paths
 from ptq.models.streaming import StreamingAdapter
 
 OF_A_LAYER = re.compile(r"\blayers\.\d+\.")
+FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")  # that a model is read from, and *.bin
 HARMLESS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # buffers of older releases, made anew
 
 
@@ -37,7 +40,8 @@ def load_model(
     """(model in eval mode, tokenizer).  dtype None: as stored; for a GGUF file, float32.
 
     Raises ValueError, before weights are read, for a source that is not there, an unsupported model type, a damaged
-    file and a model that is quantized already; and after, as `check_tensors`.
+    file and a model that is quantized already; and after, as `check_tensors`.  Code that a model brings is never run, and of
+    pickles (.bin) only tensors are read.
     """
     where, extra = locate(source)
     config = load_config(source, where, extra)
@@ -46,12 +50,17 @@ def load_model(
     if extra:
         weights["config"] = config  # a GGUF file's header takes seconds to read
     dtype = dtype or (torch.float32 if "gguf_file" in extra else "auto")  # type: ignore[assignment]
-    try:
+    pickled = Path(where).is_dir() and not extra and not shard_paths(Path(where))
+    no_pickles = " (of .bin files only tensors are unpickled; take the model's safetensors files)" if pickled else ""
+    with one_line(f"{source} cannot be loaded{no_pickles}"):
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
-            where, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **weights
+            where,
+            dtype=dtype,
+            attn_implementation=family_of(config, source).attention,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **weights,
         )
-    except OSError as error:
-        raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
     check_tensors(source, info["missing_keys"], info["unexpected_keys"])
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
@@ -66,6 +75,7 @@ def open_model(
     if not extra and not Path(where).is_dir():
         where = fetch(source)
         commit = Path(where).name  # of the snapshot
+        check_files(Path(where))
     folder = Path(where)
     if extra or not shard_paths(folder):
         model, tokenizer = load_model(source, dtype=dtype, device=device)
@@ -76,18 +86,23 @@ def open_model(
     shards = Shards(folder)
     stored = getattr(config, "dtype", None) or shards.dtype
     pin = torch.device(device).type == "cuda"
-    adapter = StreamingAdapter(config, lambda names: shards.read(names, pin=pin), dtype=dtype or stored, device=device)
+    with one_line(f"{source} cannot be loaded"):
+        adapter = StreamingAdapter(config, lambda names: shards.read(names, pin=pin), dtype=dtype or stored, device=device)
     check_names(adapter, shards)
     if (folder / "generation_config.json").is_file():
-        adapter.model.generation_config = GenerationConfig.from_pretrained(where)
+        with one_line(f"{folder / 'generation_config.json'} cannot be read"):
+            adapter.model.generation_config = GenerationConfig.from_pretrained(where)
     return adapter, tokenizer, ModelFiles((*shard_paths(folder), folder / "config.json"), commit)
 
 
 def check_names(adapter: StreamingAdapter, shards: Shards) -> None:
-    """Raises ValueError as `check_tensors` for what the model needs and what the files hold."""
-    needed, there = adapter.model.state_dict().keys(), shards.tensors.keys()
-    tied = {"lm_head.weight"} if adapter.config.tie_word_embeddings else set()
-    check_tensors(str(shards.folder), needed - there - tied, there - needed)
+    """Raises ValueError as `check_tensors` for what the model needs and what the files hold, and for a tensor of another shape."""
+    shapes, there = adapter.shapes(), shards.tensors.keys()
+    check_tensors(str(shards.folder), shapes.keys() - there, there - shapes.keys())
+    for name, shape in shapes.items():
+        if tuple(shape) != shards.tensors[name].shape:
+            found = shards.tensors[name].shape
+            raise ValueError(f"{shards.folder}: {name} has shape {found} where the config says {tuple(shape)}")
 
 
 def check_tensors(source: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -106,27 +121,25 @@ def check_tensors(source: str, missing: Iterable[str], unexpected: Iterable[str]
 
 
 def load_config(source: str, where: str, extra: dict[str, str]) -> PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(where, **extra)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
+    with one_line(f"{source} cannot be loaded{remote_code(Path(where))}"):
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
     family_of(config, source)
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{source} is quantized already ({config.quantization_config.get('quant_method')}); give the original")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"{source} is quantized already ({method}); give the original")
     return config
 
 
 def load_tokenizer(source: str, where: str, extra: dict[str, str]) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(where, **extra)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} has no tokenizer that loads: {str(error).splitlines()[0]}") from None
+    with one_line(f"{source} has no tokenizer that loads"):
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
 
 
 def fetch(source: str) -> str:
     """The folder of a hub id's files, downloaded where they are not there yet."""
     try:
-        return snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+        return snapshot_download(source, allow_patterns=list(FILES))
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
 
@@ -144,6 +157,7 @@ def locate(source: str) -> tuple[str, dict[str, str]]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"{source}: no such GGUF file")
+        check_gguf(path)
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -165,9 +179,9 @@ def check_fit(largest: int, model: PreTrainedModel, source: str) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Raises ValueError that names a .safetensors file that is missing, or whose header and length do not fit."""
-    for path in shard_paths(folder):
-        read_header(path)
+    """Raises ValueError that names a file that is missing, damaged or elsewhere, as Shards, check_links and check_config do."""
+    check_links(folder, (*FILES, "*.bin"))
+    check_config(folder, Shards(folder).tensors)
 
 
 def quiet() -> AbstractContextManager:

@@ -1,6 +1,7 @@
 """The safetensors files of a checkpoint: what is in them, without reading it, and reading tensors by name."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ptq.runtime.checks import check_finite
+
+LARGEST_INDEX = 10**8  # bytes, as many as safetensors allows a header
+LARGEST_WEIGHT = 1e15  # sums of squares of errors stay within float32
+LAYER_NUMBER = re.compile(r"\blayers\.([0-9]{1,9})\.")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -25,15 +31,19 @@ class Stored:
 class Shards:
     """Tensors of a model folder by name.
 
-    Raises ValueError that names the file that is damaged, or missing though the index names it.
+    Raises ValueError that names the file that is damaged, or missing though the index names it, and a tensor that two hold.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
         for path in shard_paths(folder):
+            self._stamps[path] = stamp(path)
             for name, entry in json.loads(read_header(path)).items():
                 if name != "__metadata__":
+                    if name in self.tensors:
+                        raise ValueError(f"{path} holds {name}, and so does {self.tensors[name].path.name}; remove one of them")
                     self.tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]))
 
     @property
@@ -42,7 +52,8 @@ class Shards:
         return next(DTYPES[stored.dtype] for stored in self.tensors.values() if stored.dtype in DTYPES)
 
     def read(self, names: Iterable[str], *, pin: bool = False) -> dict[str, Tensor]:
-        """Tensors on the CPU, in pinned memory with `pin`.  Raises ValueError that names one that is not there."""
+        """Tensors on the CPU, in pinned memory with `pin`.  Raises ValueError that names one that is not there, or a file that was
+        changed since it was opened: layers of two models would be mixed."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self.tensors:
@@ -50,6 +61,8 @@ class Shards:
             by_file.setdefault(self.tensors[name].path, []).append(name)
         found: dict[str, Tensor] = {}
         for path, wanted in by_file.items():
+            if stamp(path) != self._stamps[path]:
+                raise ValueError(f"{path} was changed or removed while it was read; nothing may write to the model's folder")
             with safe_open(path, framework="pt") as file:
                 for name in wanted:
                     tensor = file.get_tensor(name)
@@ -57,18 +70,66 @@ class Shards:
         return found
 
 
+def stamp(path: Path) -> tuple[int, int]:
+    """Changes with every write to the file; (0, 0) where there is none."""
+    if not path.is_file():
+        return 0, 0
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def layers_of(names: Iterable[str]) -> int:
+    """How many layers there are by the largest number in the tensors' names."""
+    return max((int(found[1]) + 1 for name in names if (found := LAYER_NUMBER.search(name))), default=0)
+
+
 def shard_paths(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would read.  Raises ValueError for an index that is damaged, or that names what is
+    not there or not in the folder."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
+    if index.stat().st_size > LARGEST_INDEX:
+        raise ValueError(f"{index} has {index.stat().st_size} bytes, too many for an index")
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged: {error!r}") from None
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index} is damaged: {error!r}"[:300]) from None
     for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name or len(name) > 255:
+            raise ValueError(f"{index} names {name!r}, which is no file name; shards must be in the folder itself"[:300])
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} lacks {name}, which {index.name} names")
+            raise ValueError(f"{folder} lacks {name!r}, which {index.name} names")
     return [folder / name for name in names]
+
+
+def check_links(folder: Path, patterns: Iterable[str]) -> None:
+    """Raises ValueError that names a file that is a link out of the folder (the hub's cache keeps its files in blobs/ beside)."""
+    inside = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        inside.append(folder.resolve().parent.parent / "blobs")
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_symlink()):
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in inside):
+            raise ValueError(f"{path} is a link to {target}, out of the model's folder; copy the file, or give its own folder")
+
+
+def check_weights(path: Path) -> None:
+    """Raises ValueError that names a tensor of a safetensors file with a value that is not finite, or of absurd size."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  # it is no dictionary
+            tensor = file.get_tensor(name)
+            if tensor.dtype not in DTYPES.values() or not tensor.numel():
+                continue
+            low, high = tensor.aminmax()  # NaN where one is in the tensor
+            if not -LARGEST_WEIGHT <= float(low) <= float(high) <= LARGEST_WEIGHT:
+                check_finite(f"{path}: {name}", tensor)
+                size = max(-float(low), float(high))
+                raise ValueError(
+                    f"{path}: {name} holds a weight of {size:.3g}; errors of more than {LARGEST_WEIGHT:.0e} overflow"
+                )
 
 
 def read_header(path: Path) -> bytes:
@@ -76,7 +137,7 @@ def read_header(path: Path) -> bytes:
     try:
         with safe_open(path, framework="pt"):
             pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
     with path.open("rb") as file:
         return file.read(int.from_bytes(file.read(8), "little"))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ptq.models.adapter import ModelAdapter
+from ptq.models.families import family_of
 from ptq.runtime.adapter import Layer
 from ptq.runtime.checks import check_finite
 from ptq.runtime.clock import phase
@@ -26,7 +27,8 @@ class StreamingAdapter(ModelAdapter):
 
     def __init__(self, config: PretrainedConfig, read: Read, *, dtype: torch.dtype, device: torch.device | str):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            attention = family_of(config, "config.json").attention
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         super().__init__(model.eval().requires_grad_(False))
         self.dtype, self.device, self._read = dtype, torch.device(device), read
         self._loaded: set[str] = set()
@@ -55,8 +57,8 @@ class StreamingAdapter(ModelAdapter):
                     tensors = (following or self._begin(reader, index)).result()
                     following = self._begin(reader, waiting[position + 1]) if position + 1 < len(waiting) else None
                     self._unload()
-                    layer = Layer(index, self.names[index], copy.deepcopy(self._body.layers[index]))
-                    fill(layer.module, layer.name, self._to_device(tensors))
+                    layer = self._layer(index, copy.deepcopy(self._body.layers[index]))
+                    fill(layer.module, self._names_of(index), self._to_device(tensors))
                     del tensors
                 yield layer
                 del layer
@@ -72,8 +74,24 @@ class StreamingAdapter(ModelAdapter):
         return StreamingAdapter(self.config, self._read, dtype=dtype, device=self.device)
 
     def _begin(self, reader: ThreadPoolExecutor, index: int) -> Future:
-        prefix = self.names[index]
-        return reader.submit(self._read, [f"{prefix}.{name}" for name in self._body.layers[index].state_dict()])
+        return reader.submit(self._read, list(self._names_of(index)))
+
+    def _names_of(self, index: int) -> dict[str, str]:
+        """Of the layer's tensors, by their names in the checkpoint, those in the layer."""
+        layer = self._layer(index, self._body.layers[index])
+        return {layer.full_name(name): name for name in layer.module.state_dict()}
+
+    def checkpoint_names(self) -> dict[str, str]:
+        """Of all tensors, by their names in the checkpoint, those in the model."""
+        found = {name: name for name in self.ends_names()}
+        for index, prefix in enumerate(self.names):
+            found |= {full: f"{prefix}.{name}" for full, name in self._names_of(index).items()}
+        return found
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of all tensors, by their names in the checkpoint."""
+        state = self.model.state_dict()
+        return {full: state[name].shape for full, name in self.checkpoint_names().items()}
 
     def _to_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device, self.dtype, non_blocking=True) for name, tensor in tensors.items()}
@@ -83,17 +101,18 @@ class StreamingAdapter(ModelAdapter):
         missing = [name for name in names if name not in self._loaded]
         if missing:
             with phase("load"):
-                fill(self.model, "", self._to_device(self._read(missing)))
+                fill(self.model, {name: name for name in missing}, self._to_device(self._read(missing)))
             self._loaded |= set(missing)
-            self._tie()
+            self.tie()
 
     def _unload(self) -> None:
         state = self.model.state_dict()
         self.model.load_state_dict({name: state[name].to("meta") for name in self._loaded}, strict=False, assign=True)
         self._loaded.clear()
-        self._tie()
+        self.tie()
 
-    def _tie(self) -> None:
+    def tie(self) -> None:
+        """Makes the output head's weight the embedding's, where the config says so."""
         if self.config.tie_word_embeddings:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight  # type: ignore[union-attr]
 
@@ -104,19 +123,20 @@ class StreamingAdapter(ModelAdapter):
         return self.device
 
 
-def fill(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-    """Puts `tensors` in the place of the module's own.  Raises ValueError for one of another shape, or with a value that is
-    not finite."""
-    state = {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
+def fill(module: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Puts `tensors` in the place of the module's own, whose `names` are given by those of the tensors.
+
+    Raises ValueError for one of another shape, or with a value that is not finite.
+    """
     there = module.state_dict()
-    for key, tensor in state.items():
-        if tensor.shape != there[key].shape:
-            full = f"{prefix}.{key}" if prefix else key
-            raise ValueError(f"{full} has shape {tuple(tensor.shape)} where the config says {tuple(there[key].shape)}")
-    module.load_state_dict(state, strict=False, assign=True)
-    if not torch.stack([tensor.isfinite().all() for tensor in state.values()]).all():
-        for name, tensor in tensors.items():
-            check_finite(name, tensor)
+    for full, tensor in tensors.items():
+        if tensor.shape != there[names[full]].shape:
+            expected = tuple(there[names[full]].shape)
+            raise ValueError(f"{full} has shape {tuple(tensor.shape)} where the config says {expected}")
+    module.load_state_dict({names[full]: tensor for full, tensor in tensors.items()}, strict=False, assign=True)
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).all():
+        for full, tensor in tensors.items():
+            check_finite(full, tensor)
     module.requires_grad_(False)
 
 

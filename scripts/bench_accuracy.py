@@ -18,12 +18,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from ptq.calibrate.importance import KeptCurvature, TokenImportance, token_importance
+from ptq.calibrate.importance import TokenImportance, keep_in, token_importance
 from ptq.calibrate.inputs import inputs_of, quantized_inputs
 from ptq.core.activations import ACTIVATIONS, get_activation
 from ptq.core.formats import FORMATS
 from ptq.core.scales import RULES
-from ptq.data.text import VALIDATION_SEQUENCES, all_windows, read_documents, sample_windows
+from ptq.data.chat import encoder
+from ptq.data.text import all_windows, read_documents, sample_windows
 from ptq.eval.perplexity import Score, evaluate
 from ptq.models.adapter import ModelAdapter
 from ptq.models.loading import load_model
@@ -32,6 +33,7 @@ from ptq.run.plan import named_format
 from ptq.run.recipe import Recipe
 from ptq.run.settings import make_recipe, settings_of
 from ptq.run.solve import Record
+from ptq.settings import VALIDATION_SEQUENCES
 
 FIELDS = (
     "model format method rule frozen token_importance drift row_feedback effort damp ridge sequences length calibration seed "
@@ -76,14 +78,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def weights_of(
     model: transformers.PreTrainedModel, batches: tuple[Tensor, ...], seed: int, cases: list[dict]
-) -> tuple[dict[str, TokenImportance | None], dict[str, KeptCurvature]]:
+) -> tuple[dict[str, TokenImportance | None], dict[str, dict[str, Tensor]]]:
     """By name, token weights and curvature of what the cases want, each but `none` a backward pass."""
     adapter = ModelAdapter(model)
-    curvatures: dict[str, KeptCurvature] = {}
+    curvatures: dict[str, dict[str, Tensor]] = {}
     weights: dict[str, TokenImportance | None] = {"none": None}
     for name in {case["token_importance"] for case in cases} - {"none"}:
         rows = any(case["row_feedback"] and case["token_importance"] == name for case in cases)
-        keep = curvatures.setdefault(name, KeptCurvature()).keep if rows else None
+        keep = keep_in(curvatures.setdefault(name, {})) if rows else None
         weights[name] = token_importance(adapter, batches, seed=seed if name == "sampled" else None, curvature=keep)
     return weights, curvatures
 
@@ -108,8 +110,8 @@ def measure(args: argparse.Namespace, runs: list[tuple[dict, Recipe]]) -> Iterat
     model.requires_grad_(False)
 
     def windows(sources: list[str]) -> Tensor:
-        documents = [text for source in sources for text in read_documents(source)]
-        return all_windows(lambda text: tokenizer(text, verbose=False)["input_ids"], documents, args.length, sources[0])
+        documents = [document for source in sources for document in read_documents(source)]
+        return all_windows(encoder(tokenizer), documents, args.length, sources[0])
 
     drawn_from = windows(args.calibration)
     tests = {Path(source).name: windows([source])[: args.windows].to(args.device) for source in args.evaluate}

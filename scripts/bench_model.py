@@ -22,21 +22,21 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import LlamaConfig
+from transformers import PretrainedConfig
 
 from ptq.calibrate.activations import default_batch
 from ptq.core.formats import get_format
 from ptq.cost.estimate import floor_seconds
 from ptq.cost.shape import operations, shape_of
-from ptq.data.text import VALIDATION_SEQUENCES
 from ptq.export.compressed_tensors import CompressedTensors
 from ptq.models.random import SHAPES, random_adapter, shape_config
 from ptq.run.job import Job, do_layers
 from ptq.run.plan import make_plan
 from ptq.run.resume import Unfinished
-from ptq.run.settings import DRIFTS, EFFORTS, IMPORTANCES, make_recipe
+from ptq.run.settings import make_recipe
 from ptq.runtime.clock import Clock, timed
 from ptq.runtime.distributed import Ranks, init_process_group
+from ptq.settings import DRIFTS, EFFORTS, IMPORTANCES, VALIDATION_SEQUENCES
 
 PHASES = ("load", "importance", "forward", "hessian", "drift", "factorization", "sweep", "report", "write", "communicate")
 FIELDS = (
@@ -70,11 +70,13 @@ def parse_arguments() -> argparse.Namespace:
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(args.device)
-    args.batch = args.batch or default_batch(shape_config(args.shape).hidden_size, args.length, torch.device(args.device))
+    config = shape_config(args.shape)
+    experts = hasattr(config, "num_experts_per_tok")
+    args.batch = args.batch or default_batch(config.hidden_size, args.length, torch.device(args.device), experts=experts)
     return args
 
 
-def make_job(args: argparse.Namespace, config: LlamaConfig, sequences: int) -> Job:
+def make_job(args: argparse.Namespace, config: PretrainedConfig, sequences: int) -> Job:
     device = torch.device(args.device)
     adapter = random_adapter(config, device)
     recipe = make_recipe(get_format(args.format), vars(args))

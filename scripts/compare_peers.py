@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import transformers
 
+from ptq.data.chat import encoder
 from ptq.data.text import all_windows, read_documents, sample_windows
 from ptq.eval.checkpoint import load_any
 from ptq.models.loading import check_fit, quiet
@@ -124,9 +125,7 @@ def prepare(args: argparse.Namespace) -> None:
     documents = read_documents(args.calibration)
     with quiet():
         loaded = load_any(args.model, dtype=torch.bfloat16)
-    windows = all_windows(
-        lambda text: loaded.tokenizer(text, verbose=False)["input_ids"], documents, args.length, args.calibration
-    )  # type: ignore[arg-type]
+    windows = all_windows(encoder(loaded.tokenizer), documents, args.length, args.calibration)
     check_fit(int(windows.max()), loaded.model, args.model)
     tokens = sample_windows(windows, args.sequences, args.seed, args.calibration)
     original = args.work / "original"

@@ -14,10 +14,12 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +36,7 @@ def start(main, arguments: list[str]) -> int:
     child = os.fork()
     if child == 0:
         sys.stdout = sys.stderr
+        tqdm.set_lock(threading.RLock())  # its own is shared with all forks, and one may be killed while it has it
         os._exit(main(arguments))
     return child
 

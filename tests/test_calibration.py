@@ -5,7 +5,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from ptq.data.text import all_windows, read_documents, sample_windows
+from ptq.data.chat import Conversation, encoder, how_encoded
+from ptq.data.text import all_windows, read_documents, read_texts, sample_windows
+
+from .tiny import tiny_tokenizer
 
 
 def encode(text: str) -> list[int]:
@@ -42,6 +45,7 @@ def test_a_line_separator_inside_a_json_string_ends_no_line(tmp_path):
         ("a.txt.gz", b"no gzip", "is damaged"),
         ("a.txt.gz", gzip.compress(b"x" * 10_000)[:-20], "is damaged"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', 'line 2: no field "text"'),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', 'line 1: no field "text" with a string, nor "messages", each with'),
         ("a.jsonl", b'{"text": 3}\n', 'line 1: no field "text" with a string'),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
     ],
@@ -106,7 +110,8 @@ def test_presets_are_what_they_say(hub):
     assert read_documents("Salesforce/wikitext:wikitext-2-raw-v1:validation") == [ROWS[1], ROWS[3] + "validation"]
     for split in ("train", "validation"):
         assert read_documents(f"c4:{split}") == [f"{split} {i}" for i in range(4096)]
-    assert read_documents("ultrachat:test_sft") == read_documents("ultrachat") == ["Hi?\n\nYes."]
+    assert read_documents("ultrachat:test_sft") == read_documents("ultrachat") == [Conversation(tuple(MESSAGES))]
+    assert read_texts("ultrachat") == ["Hi?\n\nYes."]
     assert read_documents("pile") == read_documents("NeelNanda/pile-10k:default") == ["pile"]
 
 
@@ -118,6 +123,24 @@ def test_datasets_that_cannot_be_used_say_why(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="text 'no/body' is no file here, and as a dataset it cannot be loaded: "):
         read_documents("no/body")
+
+
+def test_conversations_go_through_the_chat_template_if_there_is_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a b"}, {"role": "x", "content": "c"}]})
+    )
+    documents = read_documents(str(tmp_path / "a.jsonl"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}z {{ m.content }} {% endfor %}"
+    assert encoder(tokenizer)(documents[0]) == tokenizer("z a b z c")["input_ids"]
+    assert how_encoded(documents, tokenizer) == "conversations through the tokenizer's chat template"
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="refuses the conversation that begins 'a b': roles must alternate"):
+        encoder(tokenizer)(documents[0])
+    tokenizer.chat_template = None
+    assert encoder(tokenizer)(documents[0]) == encoder(tokenizer)("a b c") == tokenizer("a b c")["input_ids"]
+    assert how_encoded(documents, tokenizer) == "conversations as plain text, for the tokenizer has no chat template"
+    assert how_encoded(["a"], tokenizer) == "plain text"
 
 
 def test_windows_are_the_joined_tokens_cut():

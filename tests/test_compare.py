@@ -7,8 +7,10 @@ import re
 import pytest
 import torch
 
+from ptq.cli.compare import parse_arguments
 from ptq.core.formats import NVFP4
 from ptq.models.adapter import ModelAdapter
+from ptq.pipeline import compare
 from ptq.run.loop import Calibration, quantize_model
 from ptq.run.recipe import Recipe
 from ptq.run.shared_hessians import quantize_from, store_hessians
@@ -67,7 +69,7 @@ def job(tmp_path):
 
 def test_cases_are_kept_one_by_one_and_a_second_run_goes_on(script, job, capsys, monkeypatch):
     folder, arguments = job
-    quantize, done = script.quantize_from, []
+    quantize, done = compare.quantize_from, []
 
     def interrupted(*args):
         done.append(args[2])
@@ -75,7 +77,7 @@ def test_cases_are_kept_one_by_one_and_a_second_run_goes_on(script, job, capsys,
             raise KeyboardInterrupt
         return quantize(*args)
 
-    monkeypatch.setattr(script, "quantize_from", interrupted)
+    monkeypatch.setattr(compare, "quantize_from", interrupted)
     assert script.main(arguments) == 130
     assert sorted(path.stem for path in (folder / "out").glob("*.json")) == [
         "nvfp4-gptq-local-none",
@@ -83,7 +85,7 @@ def test_cases_are_kept_one_by_one_and_a_second_run_goes_on(script, job, capsys,
         "original",
     ]
     capsys.readouterr()
-    monkeypatch.setattr(script, "store_hessians", None)  # they are there
+    monkeypatch.setattr(compare, "store_hessians", None)  # they are there
     assert script.main(arguments) == 0 and len(done) == 3 + 4
     printed = capsys.readouterr().out
     assert "mxfp4-gptq-joint-sampled" in printed and printed.strip() == (folder / "out" / "report.md").read_text().strip()
@@ -106,12 +108,12 @@ def test_cases_with_drift_run_alone_beside_those_that_share_hessians(script, job
     printed = capsys.readouterr().out
     assert re.search(r"\| nvfp4-gptq-local-none-full \|.*\| sequential \|", printed)
     alone = [*arguments[:-1], str(folder / "alone"), "--cases", cases[1], "--formats", "nvfp4"]
-    monkeypatch.setattr(script, "store_hessians", None)  # nobody shares
+    monkeypatch.setattr(compare, "store_hessians", None)  # nobody shares
     assert script.main(alone) == 0
     again = json.loads((folder / "alone" / f"nvfp4-{cases[1]}.json").read_text())
     assert again["text"] == results[cases[1]]["text"]
     config = Recipe(NVFP4, "gptq", "local", drift=1.0)
-    case = script.parse_case("nvfp4", cases[1], script.parse_arguments(alone))
+    case = compare.parse_case("nvfp4", cases[1], parse_arguments(alone))
     assert case.recipe == config and case.sequential
 
 

@@ -12,11 +12,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from ptq.export.checkpoint import shard_name
 from ptq.runtime.distributed import Ranks, assign, shard_rows
+from ptq.runtime.heartbeat import heartbeat
 
 from .conftest import ROOT
+from .processes import process_of_rank
 from .test_script import main  # noqa: F401  # a fixture
 from .tiny import TEXT, save_tiny
 
@@ -104,7 +107,9 @@ def test_a_dead_rank_ends_the_job_and_is_named(tmp_path):
     while not (tmp_path / "out.unfinished" / "layers").is_dir():
         assert job.poll() is None, job.communicate()[1]
         time.sleep(0.01)
-    os.kill(process_of_rank(1, job.pid), signal.SIGKILL)
+    process = process_of_rank(1, job.pid)
+    assert process is not None
+    os.kill(process, signal.SIGKILL)
     killed = time.monotonic()
     errors = job.communicate(timeout=60)[1]
     assert job.returncode != 0 and time.monotonic() - killed < 60
@@ -112,13 +117,27 @@ def test_a_dead_rank_ends_the_job_and_is_named(tmp_path):
     assert "rank      : 1" in root_cause and "Signal 9 (SIGKILL)" in root_cause
 
 
-def process_of_rank(rank: int, parent: int) -> int:
-    """Among the children of torchrun."""
-    for children in Path(f"/proc/{parent}/task").glob("*/children"):
-        for child in children.read_text().split():
-            if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
-                return int(child)
-    raise AssertionError("no such rank")
+@pytest.mark.parametrize("alive", [False, True], ids=["silent", "alive"])
+def test_a_silent_rank_is_named(monkeypatch, tmp_path, alive):
+    """Rank 0 in a fork, which ends itself with 1; rank 1 is this process, which says that it lives, or nothing."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    child = os.fork()
+    if child == 0:
+        sys.stderr = (tmp_path / "said").open("w")
+        with heartbeat(0, 2, interval=0.05, silence=1.0):
+            time.sleep(3)
+        os._exit(0)
+    ended = (0, 0)
+    while ended == (0, 0):
+        if alive:
+            store.set("heartbeat 1", str(time.monotonic()))
+        time.sleep(0.05)
+        ended = os.waitpid(child, os.WNOHANG)
+    assert os.waitstatus_to_exitcode(ended[1]) == (0 if alive else 1)
+    said = (tmp_path / "said").read_text()
+    assert said == ("" if alive else "error on rank 0: rank 1 has been silent for 1 s; it is dead, stopped or cut off\n")
 
 
 @pytest.mark.parametrize("sequences", [8, 13, 128])

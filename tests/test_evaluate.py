@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ptq.eval.checkpoint import gguf_bits, load_any
+from ptq.pipeline import evaluate
 
 from .conftest import ROOT, SMOLLM2
 from .tiny import TEXT, WORDS, save_tiny, tiny_tokenizer
@@ -76,7 +77,7 @@ def test_a_whole_run(script, job, capsys):
 
 def test_results_survive_an_interruption_and_are_reused_on_request_only(script, job, capsys, monkeypatch):
     folder, arguments = job
-    run_tasks, calls = script.run_tasks, []
+    run_tasks, calls = evaluate.run_tasks, []
 
     def interrupted(*args, **options):
         calls.append(args)
@@ -84,7 +85,7 @@ def test_results_survive_an_interruption_and_are_reused_on_request_only(script, 
             raise KeyboardInterrupt
         return run_tasks(*args, **options)
 
-    monkeypatch.setattr(script, "run_tasks", interrupted)
+    monkeypatch.setattr(evaluate, "run_tasks", interrupted)
     assert script.main(arguments) == 130
     assert result(folder, "first")["tasks"] and not (folder / "out" / "run.other.json").exists()
     assert script.main(arguments) == 1 and "is there already; --reuse takes it" in capsys.readouterr().err
@@ -97,7 +98,7 @@ def test_results_survive_an_interruption_and_are_reused_on_request_only(script, 
 def test_the_first_models_logits_are_computed_once(script, job, monkeypatch):
     folder, arguments = job
     arguments = [str(folder / "first"), *arguments[:8], "--output", str(folder / "out" / "run"), "--device", "cpu"]
-    calls, run_model = [], script.run_model
+    calls, run_model = [], evaluate.run_model
 
     def counted(model, name):
         def logits(index, window):
@@ -106,7 +107,7 @@ def test_the_first_models_logits_are_computed_once(script, job, monkeypatch):
 
         return logits
 
-    monkeypatch.setattr(script, "run_model", counted)
+    monkeypatch.setattr(evaluate, "run_model", counted)
     assert script.main(arguments) == 0
     assert sorted(calls) == [(name, i) for name in ("first", "first-2", "other") for i in range(5)]
     kept = result(folder, "other")["text"]

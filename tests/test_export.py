@@ -20,11 +20,11 @@ from ptq.export.checkpoint import (
     check_layer,
     layer_tensors,
     shard_name,
-    verify,
     write_rest,
 )
 from ptq.export.compressed_tensors import CompressedTensors
 from ptq.export.files import check_output, save_durably, save_tensors
+from ptq.export.read_back import verify
 from ptq.models.adapter import ModelAdapter
 from ptq.models.families import FAMILIES
 from ptq.run.loop import Calibration, quantize_layers

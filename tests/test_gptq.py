@@ -6,9 +6,9 @@ import pytest
 import torch
 from einops import rearrange
 
-from ptq.calibrate.importance import KeptCurvature
+from ptq.calibrate.importance import keep_in
 from ptq.core.formats import FORMATS, INT4_G128, MXFP4, NVFP4, choose_tensor_scale, get_format
-from ptq.core.linalg import NotPositiveDefiniteError, block_diagonal, damped
+from ptq.core.linalg import NotPositiveDefiniteError, block_diagonal, damped, unpack_symmetric
 from ptq.core.scales import RULES, choose_scales
 from ptq.methods.gptq import DAMP_ROWS, gptq, visit_order
 from ptq.methods.rtn import rtn
@@ -180,10 +180,12 @@ def test_a_curvature_of_which_one_direction_has_most_is_kept_exactly(tmp_path):
     scale = choose_tensor_scale(W, NVFP4)
     with pytest.raises(NotPositiveDefiniteError):
         gptq(W, H, NVFP4, tensor_scale=scale, G=G.bfloat16().float())
-    for kept in (KeptCurvature(), Curvature(tmp_path / "curvature")):
-        kept.keep("q", G)
-        assert list(kept) == ["q"] and torch.equal(kept["q"], G)
-    fed, plain = (gptq(W, H, NVFP4, tensor_scale=scale, G=g).quantized.dequantize() for g in (kept["q"], None))
+    in_memory, on_disk = {}, Curvature(tmp_path / "curvature")
+    keep_in(in_memory)("q", G)
+    on_disk.keep("q", G)
+    for kept in (in_memory, on_disk):
+        assert list(kept) == ["q"] and torch.equal(unpack_symmetric(kept["q"], 1024), G)
+    fed, plain = (gptq(W, H, NVFP4, tensor_scale=scale, G=g).quantized.dequantize() for g in (G, None))
     loss_of = [float((G.double() @ delta @ H * delta).sum()) for delta in (W - fed, W - plain)]
     assert loss_of[0] < loss_of[1]
 

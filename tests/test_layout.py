@@ -14,17 +14,21 @@ SOURCES = sorted(path for folder in ("ptq", *LINKED, "scripts") for path in (ROO
 
 # From the ground up: a folder may import those below it, and itself.  CONTRIBUTING.md says what each is for.
 FLOORS = (
+    ("settings",),
     ("core", "runtime", "data"),
     ("kernels",),
     ("methods", "calibrate", "models"),
     ("export", "functional"),
     ("run", "eval"),
     ("cost",),
+    ("pipeline",),
+    ("api",),
+    ("cli",),
     ("scripts",),
 )
-FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
+FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders} | {"": len(FLOORS)}
 ONLY_IN = {
-    "transformers": ("ptq.models", "ptq.eval", "ptq.export.checkpoint", "scripts"),
+    "transformers": ("ptq.models", "ptq.eval", "ptq.export", "ptq.pipeline", "ptq.api", "ptq.cli", "scripts"),
     "triton": ("ptq.kernels", "scripts.bench_kernels"),
     "lm_eval": ("ptq.eval.harness", "ptq.eval.checked"),
 }

@@ -16,8 +16,9 @@ from .tiny import save_tiny, tiny_model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_replaying_the_layers_gives_the_models_logits(family, dtype):
-    model = tiny_model(family, dtype)
-    adapter, tokens = ModelAdapter(model), torch.randint(0, 64, (3, 50))
+    model, tokens = tiny_model(family, dtype), torch.randint(0, 64, (3, 50))
+    expected = model(tokens).logits
+    adapter = ModelAdapter(model)
     hidden = adapter.embed(tokens)
     names = []
     for layer in adapter.layers():
@@ -26,19 +27,40 @@ def test_replaying_the_layers_gives_the_models_logits(family, dtype):
         for group in adapter.plan(layer).groups:
             assert len({layer.linear(name).in_features for name in group}) == 1
     assert names == ["model.layers.0", "model.layers.1"]
-    assert torch.equal(adapter.logits(hidden), model(tokens).logits)
+    assert torch.equal(adapter.logits(hidden), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_groups_hold_every_linear_of_a_layer_once_and_the_family_names_linears_that_are_there(family):
+def test_groups_hold_every_linear_of_a_layer_once_but_those_to_keep(family):
     adapter = ModelAdapter(tiny_model(family))
-    layer = next(adapter.layers())
-    linears = {name for name, module in layer.module.named_modules() if isinstance(module, torch.nn.Linear)}
-    plan = adapter.plan(layer)
-    grouped = [name for group in plan.groups for name in group]
-    assert set(grouped) == linears and len(grouped) == len(linears)
-    assert all(any(set(fused) <= set(group) for group in plan.groups) for fused in plan.fused)
-    assert plan.fused == FAMILIES[family].fused and plan.residual == FAMILIES[family].residual
+    for layer in adapter.layers():
+        linears = {name for name, module in layer.module.named_modules() if isinstance(module, torch.nn.Linear)}
+        plan = adapter.plan(layer)
+        grouped = [name for group in plan.groups for name in group]
+        assert set(grouped) == linears - set(plan.keep) and len(grouped) == len(set(grouped))
+        assert all(any(set(fused) <= set(group) for group in plan.groups) for fused in plan.fused)
+        assert set(plan.residual) <= set(grouped) and plan.output in (None, "mlp.down_proj")
+        experts = {name for name in grouped if ".experts." in name}
+        assert plan.experts == experts and plan.share == (0.5 if experts else 1.0)
+        assert {name for names in plan.fused for name in names if "experts" in name} == {
+            name for name in experts if not name.endswith(("down_proj", "w2"))
+        }
+    if adapter.has_experts:
+        assert "mlp.gate" in plan.keep and len(experts) == 12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_streamed_model_is_the_one_in_memory(tmp_path, family):
+    """Layers, buffers that no file holds, and names that files have otherwise."""
+    model, tokens = save_tiny(tmp_path, family, torch.bfloat16), torch.randint(0, 64, (2, 40))
+    expected = model(tokens).logits
+    adapter, _, _ = open_model(str(tmp_path))
+    hidden = adapter.embed(tokens)
+    for layer in adapter.layers():
+        hidden = adapter.forward(layer, hidden)
+    assert torch.equal(adapter.logits(hidden), expected)
+    assert all(parameter.is_meta for layer in adapter.skeleton() for parameter in layer.module.parameters())
 
 
 @torch.no_grad()
@@ -61,7 +83,7 @@ def test_eager_attention_and_a_sliding_window_are_the_models_own():
 def test_unsupported_types_list_the_supported_ones(tmp_path):
     config = AutoConfig.for_model("gpt2", n_embd=32, n_head=2, n_layer=1, vocab_size=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="'gpt2' is not supported; supported are llama, smollm3, mistral"):
         load_model(str(tmp_path))
 
 
@@ -126,9 +148,9 @@ def test_a_missing_tensor_is_named(tmp_path, load):
 
 def test_a_folder_without_weights_or_tokenizer_is_refused(tmp_path):
     save_tiny(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        load_model(str(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="tokenizer"):
+    with pytest.raises(ValueError, match="has no tokenizer that loads"):
+        load_model(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be loaded: it holds no weights"):
         load_model(str(tmp_path))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from .conftest import ROOT, SMOLLM2
 from .tiny import TEXT, save_tiny
@@ -60,6 +61,12 @@ def test_a_whole_run(main, job, capsys, options, label):
     assert all(report[name]["dtype"] == dtype for name in ("original", "rtn", label))
     printed = capsys.readouterr().out
     assert f"scored in {dtype}:" in printed
+    assert report["samples"].keys() == {"prompt", "original", label} and len(report["samples"]["prompt"].split()) == 32
+    assert "greedily, after …" in printed and report[label]["kl_stderr"] > 0
+    card = (output / "README.md").read_text()
+    about = yaml.safe_load(card.split("---")[1])
+    assert about["pipeline_tag"] == "text-generation" and about["tags"][0] == report["settings"]["format"]
+    assert f"| {label} | {report[label]['ppl']:.3f} | {report[label]['kl']:.5f} |" in card and str(output.parent) not in card
     assert "token ppl" in printed and "max |logit difference| = 0" in printed
 
 
@@ -91,6 +98,30 @@ def test_help_and_a_run_as_a_program(job):
     helped, ran, nothing = done.stdout.split("\0")
     assert "--calibration" in helped and "MODEL" in helped
     assert "it/s" not in done.stderr and ran and not nothing and output.is_dir()
+
+
+@pytest.mark.slow
+def test_the_same_command_gives_the_same_bytes(job):
+    """In two processes at once, which hash strings differently; all files but the report, which holds times."""
+    *_, output, arguments = job
+    runs = []
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
+        given = [word.replace(str(output), f"{output}{seed}") for word in arguments]
+        command = [sys.executable, str(SCRIPT), *given, "--effort", "best"]
+        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment))
+    for run in runs:
+        said = run.communicate()[0]
+        assert run.returncode == 0, said
+    one, two = (
+        {
+            path.name: path.read_bytes()
+            for path in output.with_name(f"{output.name}{seed}").iterdir()
+            if path.name != "report.json"
+        }
+        for seed in ("1", "2")
+    )
+    assert one == two and one
 
 
 def one_line_error(main, arguments, capsys) -> str:
@@ -204,9 +235,10 @@ def test_smollm2_loads_from_gguf_and_reads_back(tmp_path: Path):
     """The first two layers of a real model, real text, real checkpoint."""
     from ptq.core.formats import NVFP4
     from ptq.data.text import all_windows, read_documents
-    from ptq.export.checkpoint import layer_tensors, shard_name, verify, write_rest
+    from ptq.export.checkpoint import layer_tensors, shard_name, write_rest
     from ptq.export.compressed_tensors import CompressedTensors
     from ptq.export.files import save_tensors
+    from ptq.export.read_back import verify
     from ptq.models.adapter import ModelAdapter
     from ptq.models.loading import load_model
     from ptq.run.loop import Calibration, quantize_layers

@@ -63,6 +63,16 @@ def job(tmp_path) -> list[str]:
     return [str(tmp_path / "model"), *text, "--token-importance", "sampled"]
 
 
+WRITE_LAYER = Unfinished.write_layer
+
+
+def full_at_the_second(self, done, *arguments):
+    """The disk is full when the second layer is written."""
+    if done.layer.index == 1:
+        raise OSError(28, "No space left on device")
+    WRITE_LAYER(self, done, *arguments)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path, job):
     """Three kills here; CONTRIBUTING.md has the command for more."""
@@ -103,16 +113,10 @@ def test_an_unfinished_run_is_offered_and_one_of_other_settings_is_refused(main,
 )
 def test_every_effort_goes_on_to_the_same_bytes(main, tmp_path, job, options, monkeypatch):  # noqa: F811
     """The disk is full when the second of three layers is written."""
-    output, write = tmp_path / "out", Unfinished.write_layer
-
-    def full(self, done, *arguments):
-        if done.layer.index == 1:
-            raise OSError(28, "No space left on device")
-        write(self, done, *arguments)
-
+    output = tmp_path / "out"
     arguments = [*job, *options, "--device", "cpu", "--output"]
     with monkeypatch.context() as patch:
-        patch.setattr(Unfinished, "write_layer", full)
+        patch.setattr(Unfinished, "write_layer", full_at_the_second)
         assert main([*arguments, str(output)]) == 1
     assert len(list((unfinished_folder(output) / "layers").iterdir())) == 1
     assert main([*arguments, str(output), "--resume"]) == 0
@@ -122,15 +126,9 @@ def test_every_effort_goes_on_to_the_same_bytes(main, tmp_path, job, options, mo
 
 def test_another_models_weights_are_not_gone_on_with(main, tmp_path, job, capsys, monkeypatch):  # noqa: F811
     """After one layer a weight of another changes, as when an adapter is merged in place: size and header stay."""
-    output, write, path = tmp_path / "out", Unfinished.write_layer, tmp_path / "model" / "model.safetensors"
-
-    def full(self, prefix, done, *arguments):
-        if done.index == 1:
-            raise OSError(28, "No space left on device")
-        write(self, prefix, done, *arguments)
-
+    output, path = tmp_path / "out", tmp_path / "model" / "model.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(Unfinished, "write_layer", full)
+        patch.setattr(Unfinished, "write_layer", full_at_the_second)
         assert main([*job, "--device", "cpu", "--output", str(output)]) == 1
     header, tensors = read_header(path), load_file(path)
     tensors["model.layers.2.mlp.up_proj.weight"][5, 7] += 0.5
@@ -230,7 +228,7 @@ def test_a_full_disk_ends_the_run_and_a_larger_one_goes_on(main, tmp_path, job, 
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
-    monkeypatch.setitem(main.__globals__, "check_output", lambda *_: None)
+    monkeypatch.setattr("ptq.pipeline.run.check_output", lambda *_: None)
     arguments = [*job, "--device", "cpu", "--output"]
     try:
         assert main([*arguments, str(disk / "out")]) == 1

@@ -6,6 +6,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from ptq.models.families import FAMILIES
+
 WORDS = tuple("abcdefghijklmnopqrstuvwxyz")
 SIZES = {
     "vocab_size": 64,
@@ -18,13 +20,37 @@ SIZES = {
     "max_position_embeddings": 256,
     "initializer_range": 0.1,
 }
+WINDOW = {"sliding_window": 16}
+ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 2}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# What makes a family's tiny model have what sets the family apart: windows shorter than the sequences, factors, experts.
+OF_FAMILY: dict[str, dict] = {
+    "mistral": WINDOW,
+    "ministral": ALTERNATING,
+    "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0]},
+    "phi3": {"pad_token_id": 0},
+    "granite": {"residual_multiplier": 0.22, "embedding_multiplier": 3.0, "logits_scaling": 4.0, "attention_multiplier": 0.1},
+    "gemma2": ALTERNATING | {"query_pre_attn_scalar": 16},
+    "gemma3_text": ALTERNATING | {"query_pre_attn_scalar": 16},
+    "olmo3": ALTERNATING,
+    "cohere2": ALTERNATING,
+    "mixtral": EXPERTS | {"intermediate_size": 32},
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
+    "qwen3_moe": EXPERTS | {"norm_topk_prob": True},
+    "olmoe": EXPERTS | {"intermediate_size": 32},
+}
 TEXT = " ".join(WORDS[(i * i + 3 * i) % len(WORDS)] for i in range(3000))
 
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
     torch.manual_seed(1)
-    attention = changes.pop("attn_implementation", "sdpa")
-    config = AutoConfig.for_model(family, **(SIZES | changes))
+    attention = changes.pop("attn_implementation", FAMILIES[family].attention)
+    settings = SIZES | OF_FAMILY.get(family, {}) | changes
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
+    config = AutoConfig.for_model(family, **settings)
+    if FAMILIES[family].experts:
+        config._experts_implementation = "eager"  # the loop; other implementations differ from it by rounding
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return model.eval()
 

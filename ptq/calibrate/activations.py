@@ -20,9 +20,9 @@ DEVICE_SHARE = 1 / 8
 ELEMENTS_AT_ONCE = {"cuda": 2**26, "cpu": 2**23}
 
 
-def default_batch(width: int, length: int, device: torch.device) -> int:
-    """Sequences of `length` tokens to work on at once."""
-    return max(1, ELEMENTS_AT_ONCE[device.type] // (width * length))
+def default_batch(width: int, length: int, device: torch.device, *, experts: bool = False) -> int:
+    """Sequences of `length` tokens to work on at once; of a mixture four times as many, since each expert sees a few of them."""
+    return max(1, ELEMENTS_AT_ONCE[device.type] * (4 if experts else 1) // (width * length))
 
 
 def belongs_on_host(size: int, device: torch.device) -> bool:

@@ -4,9 +4,11 @@ Observers see the input of each group of linears (those that share it) as the qu
 made good, as the original has it; what they sum up is additive in the tokens, so batches, groups and ranks add up.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from ptq.calibrate.activations import Activations, each_batch
@@ -16,6 +18,9 @@ from ptq.calibrate.observe import Observed, Observer, run_and_observe, token_wei
 from ptq.runtime.adapter import Adapter, Group, Layer, LayerPlan
 from ptq.runtime.clock import phase
 from ptq.runtime.distributed import Ranks
+
+# Tokens an expert must have, as a part of its input columns, or it is calibrated on all.
+ENOUGH = 4
 
 
 @dataclass
@@ -31,25 +36,25 @@ class Original:
 @dataclass
 class Stream:
     """The calibration tokens on their way through the model.  `importance`: what each counts for, by the full name of a
-    group's first linear, (sequences, length); empty where all count the same.  `sequences`: of all `ranks`."""
+    group's first linear, (sequences, length); empty where all count the same.  `sequences`: of all `ranks`.
+    `all_tokens`: experts are calibrated on all tokens, not only on those routed to them."""
 
     hidden: Activations
     ranks: Ranks
     sequences: int
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     original: Original | None = None
-
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.hidden.data.shape[1]
+    all_tokens: bool = False
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Of one group: H, and where drift is made good, what was lost before it."""
+    """Of one group: H, and where drift is made good, what was lost before it.  `routed`: of an expert, how many tokens came
+    to it; its sums may be over all."""
 
     hessian: Hessian
     drift: Drift | None = None
+    routed: int | None = None
 
     @property
     def observers(self) -> list[Observer]:
@@ -74,25 +79,59 @@ def collect(
     stream: Stream,
 ) -> list[Sums]:
     """The sums of each group from one pass of the tokens through the layer, added up over the ranks on those that solve it,
-    its `owners`."""
+    its `owners`.
+
+    An expert to which fewer tokens are routed than a quarter of its input columns is calibrated on all tokens instead, in
+    a second pass: H of so few says little, and nothing of most directions.
+    """
+    experts = [group[0] for group in groups if group[0] in plan.experts]
+    sums = collect_from(adapter, layer, plan, groups, owners, stream, experts if stream.all_tokens else [])
+    starved = [i for i, one in enumerate(sums) if is_starved(one, plan, groups[i][0])] if not stream.all_tokens else []
+    if starved:
+        some = [groups[i] for i in starved]
+        again = collect_from(adapter, layer, plan, some, [owners[i] for i in starved], stream, [group[0] for group in some])
+        for i, whole in zip(starved, again, strict=True):
+            sums[i] = replace(whole, routed=sums[i].hessian.tokens)
+    return sums
+
+
+def is_starved(sums: Sums, plan: LayerPlan, name: str) -> bool:
+    return name in plan.experts and sums.hessian.tokens < len(sums.hessian.sum) // ENOUGH
+
+
+def collect_from(
+    adapter: Adapter,
+    layer: Layer,
+    plan: LayerPlan,
+    groups: Sequence[Group],
+    owners: Sequence[Sequence[int]],
+    stream: Stream,
+    on_all: list[str],
+) -> list[Sums]:
+    """The same, with the experts `on_all` seeing all tokens."""
     ranks = stream.ranks
     partial: list[tuple[int, list[Sums]]] = []  # a tree of sums: two of the same height become one of the next
     for part in [[one] for one in stream.hidden.groups] if ranks.deterministic else [stream.hidden.groups]:
-        new = 0, collect_part(adapter, layer, plan, groups, part, stream)
+        new = 0, collect_part(adapter, layer, plan, groups, part, stream, on_all)
         while partial and partial[-1][0] == new[0]:
             height, before = partial.pop()
             new = height + 1, [merge(a, b) for a, b in zip(before, new[1], strict=True)]
         partial.append(new)
     ((_, whole),) = partial
     with phase("communicate"):
-        for sums, solvers in zip(whole, owners, strict=True):
+        counts = [sums.hessian.tokens for sums in whole]
+        if ranks.size > 1:
+            counted = torch.tensor(counts, dtype=torch.float64, device=stream.hidden.device)
+            counts = [int(count) for count in ranks.all_reduce(counted).tolist()]
+        for sums, solvers, count in zip(whole, owners, counts, strict=True):
             for tensor in (tensor for observer in sums.observers for tensor in observer.sums()):
                 if len(solvers) > 1:
                     ranks.all_reduce(tensor)
                 else:
                     ranks.reduce(tensor, solvers[0])
-            sums.hessian.tokens = stream.tokens
-    return whole
+            sums.hessian.tokens = count
+    routed = [sums.hessian.tokens if group[0] in plan.experts else None for sums, group in zip(whole, groups, strict=True)]
+    return [replace(sums, routed=count) for sums, count in zip(whole, routed, strict=True)]
 
 
 def merge(sums: Sums, other: Sums) -> Sums:
@@ -102,37 +141,60 @@ def merge(sums: Sums, other: Sums) -> Sums:
 
 
 def collect_part(
-    adapter: Adapter, layer: Layer, plan: LayerPlan, groups: Sequence[Group], part: list[slice], stream: Stream
+    adapter: Adapter,
+    layer: Layer,
+    plan: LayerPlan,
+    groups: Sequence[Group],
+    part: list[slice],
+    stream: Stream,
+    on_all: Sequence[str] = (),
 ) -> list[Sums]:
-    """The sums over some of the sequences.  The original, if it comes along, runs first; its output is kept if it ran to the
-    end of the layer."""
+    """The sums over some of the sequences.  The original, if it comes along, runs second, and its experts are asked for the
+    same tokens as those of the quantized model; its output is kept if it ran to the end of the layer."""
     original = stream.original
     names = [group[0] for group in groups]
+    mixture = any(name in plan.experts for name in names)
     sums: dict[str, Sums] = {}
 
     def restart() -> None:
         sums.update({group[0]: make_sums(layer, plan, group, drift=original is not None) for group in groups})
 
+    def add(ours: Observed, theirs: Observed | None, rows: slice) -> None:
+        with phase("hessian"):
+            importance = {} if ours.name in on_all else stream.importance
+            weights = token_weights(importance, layer.full_name(ours.name), rows, ours.tokens)
+            for observer in sums[ours.name].observers:
+                observer.observe(ours, theirs, weights)
+
     def work(rows: slice) -> None:
-        theirs: dict[str, Observed] = {}
-        if original:
-            states = original.hidden.load(rows)
-            output = run_and_observe(
-                adapter, original.layer, plan, names, states, lambda seen: theirs.update({seen.name: seen}), streams=True
-            )
-            if output is not None and plan.output in names:
-                original.output.store(rows, output)
-
-        def add(ours: Observed) -> None:
-            with phase("hessian"):
-                weights = token_weights(stream.importance, layer.full_name(ours.name), rows, ours.tokens)
-                for observer in sums[ours.name].observers:
-                    observer.observe(ours, theirs.get(ours.name), weights)
-
-        run_and_observe(adapter, layer, plan, names, stream.hidden.load(rows), add, streams=original is not None)
+        states, ours = stream.hidden.load(rows), {}
+        every = torch.arange(states.shape[0] * states.shape[1], device=states.device)
+        watched = {expert_number(name): every for name in on_all}
+        adapter.watch(layer, watched or None)
+        if original is None:
+            run_and_observe(adapter, layer, plan, names, states, lambda seen: add(seen, None, rows), streams=False)
+            return
+        run_and_observe(adapter, layer, plan, names, states, lambda seen: ours.update({seen.name: seen}), streams=True)
+        if mixture:
+            adapter.watch(original.layer, watched or adapter.routing(layer))
+        states = original.hidden.load(rows)
+        output = run_and_observe(
+            adapter, original.layer, plan, names, states, lambda seen: add(ours.pop(seen.name), seen, rows), streams=True
+        )
+        if output is not None and plan.output in names:
+            original.output.store(rows, output)
 
     restart()
     each_batch(stream.hidden, "forward", work, groups=part, restart=restart)
+    adapter.watch(layer, None)
     if original:
+        adapter.watch(original.layer, None)
         original.ran = plan.output in names
     return list(sums.values())
+
+
+def expert_number(name: str) -> int:
+    """Of the expert that the linear is in."""
+    found = re.search(r"\.(\d+)\.", name)
+    assert found, name
+    return int(found[1])

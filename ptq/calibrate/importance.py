@@ -12,7 +12,7 @@ way down a small batch runs through a segment with its graph, and the gradient c
 the graph holds activations only.  Every layer is run twice but those of the last segment, which are run once.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ptq.calibrate.activations import Activations, belongs_on_host, each_batch, embed_all, propagate
 from ptq.calibrate.hessian import add_full
-from ptq.core.linalg import pack_symmetric, unpack_symmetric
+from ptq.core.linalg import pack_symmetric
 from ptq.runtime.adapter import Adapter, Layer
 from ptq.runtime.clock import phase
-from ptq.runtime.hooks import observe_outputs
+from ptq.runtime.hooks import observe_outputs, observed_tokens
 
 TokenImportance = dict[str, list[Tensor]]
 KeepCurvature = Callable[[str, Tensor], object]
@@ -115,8 +115,15 @@ def descend(
             weights[first_name][rows] = 0
 
         def observe(linear: nn.Module, _x: Tensor, y: Tensor) -> None:
+            tokens = observed_tokens()
+
             def add(gradient: Tensor) -> None:
-                weights[names[linear][1]][rows] += torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square()
+                squares = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square()
+                found = weights[names[linear][1]][rows]
+                if tokens is None:
+                    found += squares.view_as(found)
+                else:
+                    found.view(-1).index_add_(0, tokens, squares)
                 if curvature is not None:
                     gradients.append((linear, gradient))
 
@@ -141,25 +148,6 @@ def descend(
             curvature(name, G.pop(linear))
 
 
-class KeptCurvature(Mapping[str, Tensor]):
-    """G of each linear by full name (d_out, d_out) float32, on the CPU, whole only while it is asked for."""
-
-    def __init__(self) -> None:
-        self._packed: dict[str, Tensor] = {}
-
-    def keep(self, name: str, G: Tensor) -> None:
-        self._packed[name] = to_keep(G)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return unpack_symmetric(self._packed[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._packed)
-
-    def __len__(self) -> int:
-        return len(self._packed)
-
-
 def to_keep(G: Tensor) -> Tensor:
     """G as it is kept until its linear is solved: its lower triangle, packed, on the CPU, in G's dtype.
 
@@ -168,6 +156,11 @@ def to_keep(G: Tensor) -> Tensor:
     have most is indefinite in it.)
     """
     return pack_symmetric(G).cpu()
+
+
+def keep_in(found: dict[str, Tensor]) -> KeepCurvature:
+    """Keeps G of every linear in `found`, by full name."""
+    return lambda name, G: found.update({name: to_keep(G)})
 
 
 def square(size: int, device: torch.device) -> Tensor:

@@ -26,11 +26,14 @@ class Validation:
         norms: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
         def work(rows: slice) -> None:
+            outputs = self._run(layer, names, self._quantized, rows)
+            self._adapter.watch(original, self._adapter.routing(layer) or None)  # experts answer to the same tokens
             whole = self._run(original, names, self._original, rows)
-            for name, y in self._run(layer, names, self._quantized, rows).items():
+            for name, y in outputs.items():
                 norms[name].append(((y - whole[name]).float().norm(), whole[name].float().norm()))
 
         each_batch(self._original, "report", work)
+        self._adapter.watch(original, None)
         found = {name: torch.tensor(pairs, device=self._original.device).norm(dim=0) for name, pairs in norms.items() if pairs}
         ratios = torch.stack([lost / whole for lost, whole in found.values()])
         return dict(zip(found, ratios.tolist(), strict=True))

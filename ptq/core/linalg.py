@@ -1,10 +1,10 @@
 """Linear algebra that torch does not have, for any device and dtype."""
 
-import math
-
 import torch
 from einops import rearrange
 from torch import Tensor
+
+STRIP = 128
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -74,11 +74,12 @@ def lower_multiply_into(C: Tensor, B: Tensor, out: Tensor, strip: int) -> None:
         out[first:last].addmm_(C[first:last, :last], B[:last], beta=0, alpha=-1)
 
 
-def damped(H: Tensor, damp: float) -> Tensor:
-    """H + damp · mean(diag H) · I.  H (d_in, d_in), or diagonal blocks (b, k, k), whose mean is over all blocks."""
-    diagonal = H.diagonal(dim1=-2, dim2=-1)
-    A = H.clone()
-    A.diagonal(dim1=-2, dim2=-1).add_(damp * diagonal.mean())
+def damped(H: Tensor, damp: float, order: Tensor | None = None) -> Tensor:
+    """H + damp · mean(diag H) · I, its rows and columns in `order`.  H (d_in, d_in), or without order diagonal blocks (b, k, k),
+    whose mean is over all blocks."""
+    amount = damp * H.diagonal(dim1=-2, dim2=-1).mean()
+    A = H.clone() if order is None else H.index_select(0, order).index_select(1, order)
+    A.diagonal(dim1=-2, dim2=-1).add_(amount)
     return A
 
 
@@ -90,25 +91,31 @@ def inverse_factor(A: Tensor, *, name: str = "H", remedy: str = "more calibratio
     and the `remedy`.
     """
     inverse, failed = inverse_cholesky(A.flip(0, 1))
-    if failed or not inverse.diagonal().isfinite().all():
+    diagonal = inverse.diagonal()
+    if failed or not ((diagonal > 0) & diagonal.isfinite()).all():  # 0 where A holds an infinity
         pivot = A.shape[0] - failed
         raise NotPositiveDefiniteError(f"{name} + damping is not positive definite (pivot {pivot} of {len(A)}); {remedy}")
     return inverse.flip(0, 1)
 
 
-def pack_symmetric(A: Tensor) -> Tensor:
-    """The lower triangle of A (n, n), row after row: (n (n + 1) / 2,).  What is above the diagonal is not looked at."""
-    return torch.cat([A[row, : row + 1] for row in range(len(A))])
+def pack_symmetric(A: Tensor, strip: int = STRIP) -> Tensor:
+    """A (n, n) without most of what is above its diagonal, which is not looked at: `strip` rows at a time, flat."""
+    return torch.cat([A[row : row + strip, : row + strip].tril(row).flatten() for row in range(0, len(A), strip)])
 
 
-def unpack_symmetric(packed: Tensor, strip: int = 1024) -> Tensor:
-    """The symmetric matrix (n, n) of which `pack_symmetric` gave `packed`."""
-    n = math.isqrt(2 * len(packed))
-    A = packed.new_zeros(n, n)
-    for row, part in enumerate(packed.split(list(range(1, n + 1)))):
-        A[row, : row + 1] = part
-    for start in range(0, n, strip):  # nearly all of what is above the diagonal, without another matrix of that size
-        stop = start + strip
-        A[start:stop, stop:] = A[stop:, start:stop].T
-        A[start:stop, start:stop] += A[start:stop, start:stop].tril(-1).T
+def unpack_symmetric(packed: Tensor, n: int, strip: int = STRIP) -> Tensor:
+    """The symmetric matrix (n, n) whose lower triangle `pack_symmetric` kept, on the same device."""
+    A = packed.new_empty(n, n)
+    start = 0
+    for row in range(0, n, strip):
+        own = A[row : row + strip, : row + strip]
+        own.copy_(packed[start : start + own.numel()].view_as(own))
+        start += own.numel()
+        own[:, row:] = own[:, row:].tril() + own[:, row:].tril(-1).T
+        A[:row, row : row + strip] = own[:, :row].T
     return A
+
+
+def packed_size(n: int, strip: int = STRIP) -> int:
+    """Elements of what `pack_symmetric` gives for n rows."""
+    return sum(min(strip, n - row) * min(row + strip, n) for row in range(0, n, strip))

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from ptq.calibrate.activations import DEVICE_SHARE
 from ptq.calibrate.importance import POSITIONS_AT_ONCE, SEGMENT
-from ptq.cost.shape import LayerShape, Shape, climbed, drift_elements, operations
-from ptq.data.text import VALIDATION_SEQUENCES
+from ptq.core.linalg import packed_size
+from ptq.cost.shape import LayerShape, Shape, climbed, drift_elements, drift_met, operations
 from ptq.methods.gptq import rows_at_once
 from ptq.runtime.distributed import Ranks, shard_rows
+from ptq.settings import VALIDATION_SEQUENCES
 
 BF16_RATE = 790e12
 """bfloat16 matmul, operations a second: measured, 8192³."""
@@ -27,7 +28,7 @@ def floor_seconds(shape: Shape) -> float:
 
 def disk_bytes(shape: Shape) -> int:
     """What lies beside the unfinished checkpoint: the lower triangle of G of every linear in float32."""
-    triangles = shape.total(lambda layer: sum(4 * d_out * (d_out + 1) // 2 for d_out, _ in layer.linears))
+    triangles = shape.total(lambda layer: sum(4 * packed_size(d_out) for d_out, _ in layer.linears))
     return int(triangles) if shape.rows else 0
 
 
@@ -52,9 +53,9 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
         passes = shape.total(lambda layer: sum(part_seconds(shape, layer, number) for number in range(len(layer.passes))))
         advance = shape.total(lambda layer: pass_seconds(shape, layer) * (2 if shape.drift and not layer.to_the_end else 1))
         found["forward"] = (passes + advance) / ranks
-        products = 1.25 * T * shape.total(lambda layer: sum(group.d_in**2 for group in layer.to_solve))
-        products += 2 * T * shape.total(drift_elements) if shape.drift else 0
-        columns = shape.total(lambda layer: sum(group.d_in for group in layer.to_solve))
+        products = 1.25 * T * shape.total(lambda layer: sum(group.share * group.d_in**2 for group in layer.to_solve))
+        products += 2 * T * shape.total(drift_met) if shape.drift else 0
+        columns = shape.total(lambda layer: sum(group.share * group.d_in for group in layer.to_solve))
         weighting = products / 2800e12 + (2 if shape.drift else 1) * 2.26e-12 * T * columns if shape.importance else 0
         found["hessian"] = (products / 660e12 + weighting) / ranks
     if shape.feedback:
@@ -75,7 +76,7 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
 def pass_seconds(shape: Shape, layer: LayerShape) -> float:
     """All tokens through the layer."""
     T = shape.tokens
-    return (2 * T * layer.weights + 2 * T * shape.length * shape.attention) / 548e12 + 0.845e-12 * T * graph_bytes(shape, layer)
+    return (2 * T * layer.met + 2 * T * shape.length * shape.attention) / 548e12 + 0.845e-12 * T * graph_bytes(shape, layer)
 
 
 def part_seconds(shape: Shape, layer: LayerShape, number: int) -> float:
@@ -85,7 +86,7 @@ def part_seconds(shape: Shape, layer: LayerShape, number: int) -> float:
     if shape.drift and layer.to_the_end and number == len(layer.passes) - 1:
         return models * pass_seconds(shape, layer)
     if last is layer.groups[-1]:
-        return models * (pass_seconds(shape, layer) - 2 * T * last.weights / 548e12)
+        return models * (pass_seconds(shape, layer) - 2 * T * last.share * last.weights / 548e12)
     if not last.ran:
         return 0.0
     products = 2 * T * (last.ran + (last.more if shape.drift else 0)) + 2 * T * shape.length * shape.attention
@@ -95,7 +96,7 @@ def part_seconds(shape: Shape, layer: LayerShape, number: int) -> float:
 def importance_seconds(shape: Shape, once: float) -> float:
     T, head = shape.tokens, 4 * shape.tokens * shape.head[0] * shape.head[1]
     attention = 3.5 * 2 * T * shape.length * shape.attention
-    down = shape.total(lambda layer: (4 * T * layer.weights + attention) / 775e12 + 6.46e-12 * T * graph_bytes(shape, layer))
+    down = shape.total(lambda layer: (4 * T * layer.met + attention) / 775e12 + 6.46e-12 * T * graph_bytes(shape, layer))
     curvature = 1.25 * T * shape.total(lambda layer: layer.curvature) / 660e12 if shape.rows else 0
     return climbed(shape) * once + down + head / 548e12 + 7.5e-12 * T * shape.head[0] + curvature
 

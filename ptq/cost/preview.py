@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ptq.calibrate.activations import default_batch
+from ptq.cost.cpu import cpu_seconds
 from ptq.cost.estimate import Memory, disk_bytes, memory, seconds
 from ptq.cost.shape import Shape, shape_of
 from ptq.export.files import existing_parent
@@ -17,7 +18,8 @@ from ptq.runtime.adapter import Adapter
 
 @dataclass(frozen=True)
 class Preview:
-    """`output`: bytes of the checkpoint; `free`: of the disk it goes to.  `ranks`: processes, one a GPU."""
+    """`output`: bytes of the checkpoint; `free`: of the disk it goes to.  `ranks`: processes, one a GPU.  `cpu`: seconds on so
+    many cores, where the device is the CPU."""
 
     plan: Plan
     problems: tuple[str, ...]
@@ -29,6 +31,7 @@ class Preview:
     seconds: dict[str, float]
     ranks: int
     batch: int
+    cpu: tuple[float, int] | None
 
     def all_problems(self) -> list[str]:
         """Everything that will not work, and what will work badly."""
@@ -66,6 +69,10 @@ class Preview:
             f"about {sum(self.seconds.values()):.0f} s on H200s, reading the weights from the disk aside: "
             + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()),
         ]
+        if self.cpu:
+            took, cores = self.cpu
+            alone = f"{cores} core{'s'[: cores > 1]} to itself"
+            lines.append(f"on this CPU about {minutes(took)} with {alone}: rough, expect half to twice that")
         if shape.rows:
             lines.append(f"on the disk, until the checkpoint is finished, {gb(disk_bytes(shape))} for row feedback")
         problems = self.all_problems()
@@ -76,6 +83,10 @@ class Preview:
 
 def gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def make_preview(
@@ -89,13 +100,17 @@ def make_preview(
     on_host: bool | None,
     ranks: int,
     output: Path,
+    cores: int = 0,
 ) -> Preview:
-    """From shapes alone; `adapter` is one of ptq.models.  Raises ValueError where nothing is left to quantize."""
+    """From shapes alone; `adapter` is one of ptq.models.  `cores`: of the CPU, where that is the device.
+
+    Raises ValueError where nothing is left to quantize.
+    """
     plan, problems = examine(adapter, rules)
     if not plan.linears:
         raise ValueError(problems[0])
     shape = shape_of(plan, adapter, sequences, length, importance)
-    batch = min(sequences, batch or default_batch(shape.head[1], length, torch.device("cuda")))
+    batch = min(sequences, batch or default_batch(shape.head[1], length, torch.device("cuda"), experts=adapter.has_experts))
     parameters = adapter.parameters()
     return Preview(
         plan=plan,
@@ -108,4 +123,5 @@ def make_preview(
         seconds=seconds(shape, ranks),
         ranks=ranks,
         batch=batch,
+        cpu=(cpu_seconds(shape, plan, cores), cores) if cores else None,
     )

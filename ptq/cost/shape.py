@@ -16,16 +16,18 @@ from ptq.runtime.adapter import Adapter, Layer, LayerPlan
 class GroupShape:
     """One group of linears (ptq.runtime.adapter): `rows`, output features of each; `stream`: width of what drift sums for it.
 
-    `matrices`: (d_out, d_in) of each matrix to solve.  `ran`: weights of what has run in the layer when its input is there,
-    and `more`: its own, where their product is needed to tell what they leave in the residual stream.
+    `matrices`: (d_out, d_in) of each matrix to solve.  `ran`: weights that a token has met in the layer when this input is
+    there, and `more`: its own, where their product is needed to tell what they leave in the residual stream.  `share`: of the
+    tokens that it sees.
     """
 
     d_in: int
     rows: tuple[int, ...]
     stream: int
     matrices: tuple[tuple[int, int], ...]
-    ran: int
+    ran: float
     more: int
+    share: float = 1.0
 
     @property
     def weights(self) -> int:
@@ -46,6 +48,11 @@ class LayerShape:
     @property
     def weights(self) -> int:
         return sum(group.weights for group in self.groups)
+
+    @property
+    def met(self) -> float:
+        """Weights that a token meets."""
+        return sum(group.weights * group.share for group in self.groups)
 
     @property
     def inner(self) -> int:
@@ -113,8 +120,9 @@ def layer_shape(layer: Layer, plan: LayerPlan, passes: tuple[Pass, ...]) -> Laye
         rows, d_in = tuple(linear.out_features for linear in linears), linears[0].in_features
         writes = len(names) == 1 and names[0] in plan.residual
         more = sum(rows) * d_in if writes and names[0] != plan.output else 0
-        ran = sum(group.weights for group in groups)
-        groups.append(GroupShape(d_in, rows, rows[0] if writes else d_in, matrices.get(names, ()), ran, more))
+        ran = sum(group.weights * group.share for group in groups)
+        share = plan.share if names[0] in plan.experts else 1.0
+        groups.append(GroupShape(d_in, rows, rows[0] if writes else d_in, matrices.get(names, ()), ran, more, share))
     number = {names: index for index, names in enumerate(plan.groups)}
     parts = tuple(tuple(number[group.names] for group in part) for part in passes)
     return LayerShape(tuple(groups), parts, any(plan.output in group.names for part in passes[-1:] for group in part))
@@ -144,18 +152,18 @@ def operations(shape: Shape) -> dict[str, float]:
     """Operations of the whole run by phase, of which none can be left out."""
     T = shape.tokens
     attention = 2 * T * shape.length * shape.attention  # two products, causal
-    one_pass = shape.total(lambda layer: 2 * T * layer.weights + attention)
+    one_pass = shape.total(lambda layer: 2 * T * layer.met + attention)
     counts: dict[str, float] = {}
     if shape.importance:
         head = 2 * T * shape.head[0] * shape.head[1]
-        down = shape.total(lambda layer: 4 * T * layer.weights + 3.5 * attention)
+        down = shape.total(lambda layer: 4 * T * layer.met + 3.5 * attention)
         counts["importance"] = climbed(shape) * one_pass + down + 2 * head
         counts["importance"] += T * shape.total(lambda layer: layer.curvature) if shape.rows else 0
     if shape.calibrate:
         counts["forward"] = (3 if shape.drift else 2) * one_pass
-        counts["hessian"] = T * shape.total(lambda layer: sum(group.d_in**2 for group in layer.to_solve))
+        counts["hessian"] = T * shape.total(lambda layer: sum(group.share * group.d_in**2 for group in layer.to_solve))
     if shape.drift:
-        counts["hessian"] += 2 * T * shape.total(drift_elements)
+        counts["hessian"] += 2 * T * shape.total(drift_met)
         counts["drift"] = shape.total(lambda layer: sum(n**3 / 3 + 2 * m * n * n for m, n in layer.matrices))
     if shape.feedback:
         counts["factorization"] = shape.total(lambda layer: sum(2 / 3 * n**3 for _, n in layer.matrices))
@@ -169,6 +177,11 @@ def operations(shape: Shape) -> dict[str, float]:
 def climbed(shape: Shape) -> float:
     """The part of the layers that run forward once more before the backward pass."""
     return (shape.depth - 1) // SEGMENT * SEGMENT / shape.depth
+
+
+def drift_met(layer: LayerShape) -> float:
+    """Of the `drift_elements`, those that a token adds to."""
+    return sum(group.share * group.stream * group.d_in for group in layer.to_solve)
 
 
 def drift_elements(layer: LayerShape) -> int:

@@ -1,13 +1,16 @@
 """Texts from the Hugging Face hub: what a name means, exactly.
 
-`NAME[:SPLIT]` for a preset, `owner/dataset[:config[:split]]` for anything else with a column "text".  Rows are taken in the
-order in which the dataset has them; which windows of them are used is the caller's affair, and the caller's seed.
+`NAME[:SPLIT]` for a preset, `owner/dataset[:config[:split]]` for anything else with a column "text", or "messages" of
+conversations.  Rows are taken in the order in which the dataset has them; which windows of them are used is the caller's
+affair, and the caller's seed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
+
+from ptq.data.chat import Document, as_conversation
 
 HUB_DOCUMENTS = 4096
 
@@ -16,14 +19,12 @@ HUB_DOCUMENTS = 4096
 class Preset:
     """`splits`: split -> the files to read, None for all; the first split is the default.  `rows`: how many, None for all.
 
-    `join`: rows become one document with this between them; None: a row is a document.  `column` holds text, or chat messages,
-    whose contents are init_process_group by blank lines, without a chat template.
+    `join`: rows become one document with this between them; None: a row is a document.
     """
 
     dataset: str
     splits: dict[str, str | None]
     config: str | None = None
-    column: str = "text"
     rows: int | None = HUB_DOCUMENTS
     join: str | None = field(default=None)
 
@@ -38,7 +39,7 @@ PRESETS = {
         "allenai/c4",
         {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
     ),
-    "ultrachat": Preset("HuggingFaceH4/ultrachat_200k", {"train_sft": None, "test_sft": None}, column="messages"),
+    "ultrachat": Preset("HuggingFaceH4/ultrachat_200k", {"train_sft": None, "test_sft": None}),
     "pile": Preset("NeelNanda/pile-10k", {"train": None}),
 }
 
@@ -57,7 +58,7 @@ def find_preset(source: str) -> tuple[Preset, str] | None:
     return None
 
 
-def hub_documents(source: str, preset: Preset, split: str) -> list[str]:
+def hub_documents(source: str, preset: Preset, split: str) -> list[Document]:
     """The documents, streamed.  Raises ValueError that says why the dataset cannot be loaded."""
     from datasets import load_dataset
 
@@ -65,16 +66,20 @@ def hub_documents(source: str, preset: Preset, split: str) -> list[str]:
     options = {"data_files": {split: file}} if file else {"name": preset.config}
     try:
         stream = load_dataset(preset.dataset, split=split, streaming=True, **options)  # type: ignore[arg-type]
-        texts = list(islice(texts_of(stream, preset.column), preset.rows))
-    except KeyError:
-        raise ValueError(f'dataset {preset.dataset!r} has no column "{preset.column}"') from None
+        rows = list(islice(stream, preset.rows))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"text {source!r} is no file here, and as a dataset it cannot be loaded: {reason}") from None
-    return texts if preset.join is None else [preset.join.join(texts)]
+    documents = [document_of(row, preset.dataset) for row in rows]
+    return documents if preset.join is None else [preset.join.join(map(str, documents))]
 
 
-def texts_of(rows: Any, column: str) -> Iterator[str]:
-    for row in rows:
-        value = row[column]
-        yield value if isinstance(value, str) else "\n\n".join(message["content"] for message in value)
+def document_of(row: Mapping[str, Any], dataset: str) -> Document:
+    """Raises ValueError for a row without text and messages."""
+    text = row.get("text")
+    document = text if isinstance(text, str) else as_conversation(row.get("messages"))
+    if document is None:
+        raise ValueError(
+            f'dataset {dataset!r} has no column "text", nor "messages" with role and content; its columns are {", ".join(row)}'
+        )
+    return document

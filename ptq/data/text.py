@@ -1,32 +1,43 @@
 """Text in, token windows out; for calibration and for evaluation alike.
 
-A source is a file (.jsonl or .jsonl.gz with a "text" field a line, or plain text, also gzipped), a name
-that ptq.data.presets knows, a Hugging Face dataset id, or `builtin`: the language reference that every
-Python carries (pydoc_data.topics), of which one topic in four is set aside as `builtin-heldout`.
+A source is a file (.jsonl or .jsonl.gz with a field "text" or "messages" a line, or plain text, also gzipped), a name that
+ptq.data.presets knows, a Hugging Face dataset id, or `builtin`: the language reference that every Python carries
+(pydoc_data.topics), of which one topic in four is set aside as `builtin-heldout`.
 """
 
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ptq.data.chat import Document, as_conversation
 from ptq.data.presets import PRESETS, find_preset, hub_documents
 
 BUILTIN_HELD_OUT = "builtin-heldout"
-# Drawn beside the calibration sequences unless told otherwise, to measure every linear on.
-VALIDATION_SEQUENCES = 4
+# A text is in memory whole, and a small .gz file may unpack to any size.
+TEXT_BYTES = 2**31
+LINE_BYTES = 2**26
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
-def read_documents(source: str) -> list[str]:
+def read_texts(source: str) -> list[str]:
+    """The documents of a source as plain text, conversations too."""
+    return [str(document) for document in read_documents(source)]
+
+
+def read_documents(source: str) -> list[Document]:
     """The documents of a source.  Raises ValueError that names the file (and the line) and says what is wrong."""
     if source in ("builtin", BUILTIN_HELD_OUT):
-        return builtin_documents(held_out=source == BUILTIN_HELD_OUT)
+        return [*builtin_documents(held_out=source == BUILTIN_HELD_OUT)]
     path = Path(source).expanduser()
     found = None if path.exists() or (path.suffix and ":" not in source) else find_preset(source)
+    documents: Sequence[Document]
     if path.is_file():
         documents = list(read_jsonl(path) if ".jsonl" in path.suffixes else [read_text(path)])
     elif found:
@@ -37,7 +48,7 @@ def read_documents(source: str) -> list[str]:
             f"text {source!r} is {kind}; give a .txt, .jsonl or .jsonl.gz file, a dataset id, 'builtin', or one of "
             f"{', '.join(PRESETS)}"
         )
-    documents = [text for text in documents if text.strip()]
+    documents = [document for document in documents if str(document).strip()]
     if not documents:
         raise ValueError(f"text {source!r} is empty")
     return documents
@@ -58,32 +69,63 @@ def builtin_documents(*, held_out: bool) -> list[str]:
 
 
 def read_text(path: Path) -> str:
+    raw = b"".join(read_lines(path, TEXT_BYTES))
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return raw.decode("utf-8")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
 
 
-def read_jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+def read_lines(path: Path, longest: int) -> Iterator[bytes]:
+    """The lines of a file, unpacked from .gz, never more than one in memory.
+
+    Raises ValueError that names the line of more than `longest` bytes, for more than TEXT_BYTES in all, and for a damaged file.
+    """
+    whole = 0
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            for number in count(1):
+                line = file.readline(longest + 1)
+                whole += len(line)
+                if len(line) > longest:
+                    raise ValueError(f"{path}, line {number}: more than {longest} bytes; split it into shorter documents")
+                if whole > TEXT_BYTES:
+                    raise ValueError(f"{path}, line {number}: more than {TEXT_BYTES} bytes in all; give a part of the text")
+                if not line:
+                    return
+                yield line
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def read_jsonl(path: Path) -> Iterator[Document]:
+    for number, line in enumerate(read_lines(path, LINE_BYTES), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError(f'{path}, line {number}: no field "text" with a string')
-        yield record["text"]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not UTF-8 text: byte {error.start} cannot be decoded") from None
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+            raise ValueError(f"{path}, line {number}: not JSON that one reads ({str(error).split(';')[0]})") from None
+        record = record if isinstance(record, dict) else {}
+        text = record.get("text")
+        document = text if isinstance(text, str) else as_conversation(record.get("messages"))
+        if document is None:
+            raise ValueError(
+                f'{path}, line {number}: no field "text" with a string, nor "messages", each with role and content'
+            )
+        if isinstance(text, str) and HALF_A_CHARACTER.search(text):
+            raise ValueError(f'{path}, line {number}: "text" holds half a surrogate pair, which is no character')
+        yield document
 
 
-def all_windows(encode: Callable[[str], list[int]], documents: list[str], length: int, source: str) -> Tensor:
-    """All non-overlapping windows (n, length) of the documents' tokens, init_process_group in order.
+def all_windows(encode: Callable[[Document], list[int]], documents: Sequence[Document], length: int, source: str) -> Tensor:
+    """All non-overlapping windows (n, length) of the documents' tokens, joined in order.
 
-    `encode` turns a text into token ids.  Raises ValueError where there is not one window.
+    `encode` turns a document into token ids.  Raises ValueError where there is not one window.
     """
     return join_windows([encode(text) for text in documents], length, source)
 

@@ -1,4 +1,4 @@
-"""A checkpoint, whatever its layout: tensors, configuration, tokenizer, and the proof that it reads back.
+"""A checkpoint, whatever its layout: tensors, configuration, tokenizer.
 
 One file a layer and one for the tensors outside of the layers, so that a layer can be stored for good as soon as it is finished.
 Every tensor that is not quantized keeps its name and is stored in bfloat16, the dtype compressed-tensors decompresses FP4 weights
@@ -6,7 +6,6 @@ to: a bfloat16 model's are bit-identical.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ptq.calibrate.inputs import Input, inputs_of, quantized_inputs
+from ptq.calibrate.inputs import Input, inputs_of
 from ptq.core.formats import Format
 from ptq.core.packing import Quantized
 from ptq.export.files import save_tensors, save_text
@@ -106,50 +105,3 @@ def write_rest(
         model.generation_config.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     layout.finish(folder)
-
-
-@torch.no_grad()
-def verify(
-    folder: Path, adapter: Adapter, tokens: Tensor, formats: Formats, layout: Layout, layers: int | None = None
-) -> float:
-    """Max |logit difference| on `tokens` (n, length) between the checkpoint as transformers loads it and the original with the
-    stored weights in its linears and their inputs quantized where they are to be, in bfloat16.  `layers`: only so many, where
-    the whole model is too large to load.
-
-    `adapter` is of the original.  Raises ReadBackError where a tensor is missing from the checkpoint or
-    unexpected in it.
-    """
-    config = AutoConfig.from_pretrained(folder)
-    whole = layers is None or layers >= config.num_hidden_layers
-    if not whole:
-        config.num_hidden_layers = layers
-        config.layer_types = config.layer_types[:layers] if getattr(config, "layer_types", None) else None
-    attention = adapter.model.config._attn_implementation
-    loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
-        str(folder), config=config, dtype=DTYPE, attn_implementation=attention, output_loading_info=True
-    )
-    kinds = ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if whole else []))
-    problems = [f"{kind}: {sorted(info[kind])[:3]}" for kind in kinds if info[kind]]
-    if problems:
-        raise ReadBackError(f"the checkpoint does not read back: {'; '.join(problems)}")
-    ours = restored_logits(folder, adapter.in_dtype(DTYPE), tokens, formats, layout, len(loaded.get_decoder().layers))
-    theirs = loaded.to(ours.device).eval()(tokens.to(ours.device)).logits
-    return float((ours.float() - theirs.float()).abs().max())
-
-
-def layers_that_fit(layers: int, parameters: int, device: torch.device) -> int:
-    """How many of a model's layers take no more than half of the memory in bfloat16: all, or enough to see that they read back."""
-    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device.type == "cuda":
-        room = min(room, torch.cuda.mem_get_info(device)[0])
-    size = DTYPE.itemsize * parameters
-    return layers if size < room / 2 else min(layers, max(2, int(layers * room / 2 / size)))
-
-
-def restored_logits(folder: Path, adapter: Adapter, tokens: Tensor, formats: Formats, layout: Layout, layers: int) -> Tensor:
-    hidden = adapter.embed(tokens)
-    for layer in adapter.layers(range(layers)):
-        tensors = load_file(folder / shard_name(layer.index, len(adapter.names)))
-        with quantized_inputs(layer.module, restore_layer(layer, tensors, formats, layout)):
-            hidden = adapter.forward(layer, hidden)
-    return adapter.logits(hidden)

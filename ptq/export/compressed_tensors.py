@@ -15,18 +15,16 @@ input_scale F32 [1], its reciprocal.
 Sources: the compressed-tensors package 0.20 (its files and its loader were the test).
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ptq.core.activations import FP8_INPUT, FP8_TOKEN_INPUT, MXFP4_INPUT, NVFP4_INPUT
 from ptq.core.formats import Format, decode_scales, encode_scales
 from ptq.core.packing import Quantized, pack, pack_int32, unpack
-from ptq.export.files import save_text
+from ptq.export.index import write_index
 
 
 def pack_nvfp4(quantized: Quantized) -> dict[str, Tensor]:
@@ -51,7 +49,6 @@ def pack_int4(quantized: Quantized) -> dict[str, Tensor]:
     return {"weight_packed": pack_int32(quantized.codes), "weight_scale": scales, "weight_shape": shape}
 
 
-INDEX = "model.safetensors.index.json"
 FLOAT = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
 SCHEMES = {
     "nvfp4-pack-quantized": (pack_nvfp4, FLOAT | {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}),
@@ -97,16 +94,7 @@ class CompressedTensors:
         return {"config.json": {"quantization_config": quantization_config(formats, ignored)}}
 
     def finish(self, folder: Path) -> None:
-        """Writes the index that names each tensor's file."""
-        files: dict[str, str] = {}
-        size = 0
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                files |= dict.fromkeys(file.keys(), path.name)
-            with path.open("rb") as raw:  # what follows the header is the tensors
-                size += path.stat().st_size - 8 - int.from_bytes(raw.read(8), "little")
-        index = {"metadata": {"total_size": size}, "weight_map": files}
-        save_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_index(folder)
 
 
 def pack_input_scale(input_scale: Tensor, format: Format) -> dict[str, Tensor]:

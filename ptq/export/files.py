@@ -12,7 +12,7 @@ from torch import Tensor
 
 def check_output(output: Path, needed_bytes: int) -> None:
     """Raises ValueError where `output` exists already, cannot be made, or does not fit on its disk."""
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise ValueError(f"output {output} exists already; remove it or name another folder")
     parent = existing_parent(output)
     if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -13,7 +13,10 @@ from ptq.core.packing import Quantized
 class Layout(Protocol):
     """How checkpoints of one kind store quantized linears.  Writing, reading back and resuming go through it alone."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What a user calls it."""
+        ...
 
     def pack(self, name: str, quantized: Quantized) -> dict[str, Tensor]:
         """What is stored for the linear of that full name, by tensor name, on the weight's device."""

@@ -61,14 +61,17 @@ def gptq(
     gradient of the loss at the outputs; rows are then visited by descending G_ii, `row_panel` at a time
     (without: `rows_at_once`).  `frozen`: scales are those of W, chosen before any error is fed forward, as
     other systems have it; for comparison, and in plain torch everywhere.  Computes in float64 if W is, else in float32.  Raises
-    NotPositiveDefiniteError where H + damp or G + damp has no Cholesky factor, and ValueError as `check_float32`.
+    NotPositiveDefiniteError where H + damp or G + damp has no Cholesky factor, and ValueError for weights that are not finite and
+    as `check_float32`.
     """
     check_float32()
     if H is None or H.dim() != 2:
         raise ValueError("method gptq needs the full Hessian H (d_in, d_in)")
+    if not W.isfinite().all():  # the factorization waits for the device too
+        raise ValueError("W holds non-finite values")
     W = W if W.dtype == torch.float64 else W.float()
     order = visit_order(H, format.block or 1) if block_order else torch.arange(H.shape[0], device=W.device)
-    x, A = (W / tensor_scale)[:, order], damped(H, damp).to(W.dtype)[order[:, None], order]
+    x, A = (W / tensor_scale)[:, order], damped(H, damp, order).to(W.dtype)
     with phase("factorization"):
         U = inverse_factor(A)
     run = kernels.sweep if x.is_cuda and x.dtype == torch.float32 and format.block else sweep
@@ -101,7 +104,7 @@ def sweep_row_panels(
     panel p leaves the error Δ_p = x_p - Q_p, and the rows after it move by -V_p,laterᵀ V_pp⁻ᵀ Δ_p.
     """
     order = G.diagonal().argsort(descending=True, stable=True)
-    V = inverse_factor(damped(G.to(x.dtype), DAMP_ROWS)[order[:, None], order], name="G", remedy=REMEDY_ROWS)
+    V = inverse_factor(damped(G.to(x.dtype), DAMP_ROWS, order), name="G", remedy=REMEDY_ROWS)
     parts = []
     for start in range(0, len(x), row_panel):
         own, later = slice(start, start + row_panel), slice(start + row_panel, None)

@@ -41,14 +41,15 @@ class Calibration:
 
     `batches`: token ids (n, length) each, on the model's device; none for methods that need no calibration.
     `importance`: for the same batches, what each token counts for in H (ptq.calibrate.importance); every token the same
-    without.  `curvature`: by linear, G for row feedback.  `validation`: token ids (n, length) to measure errors on, the
-    same on all ranks.
+    without.  `curvature`: by linear, G for row feedback, packed.  `validation`: token ids (n, length) to measure errors on, the
+    same on all ranks.  `all_tokens`: a mixture's experts are calibrated on all tokens, not only on those routed to them.
     """
 
     batches: Sequence[Tensor] = ()
     importance: TokenImportance | None = None
     curvature: Mapping[str, Tensor] | None = None
     validation: Tensor | None = None
+    all_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ def open_stream(adapter: Adapter, calibration: Calibration, ranks: Ranks, on_hos
     sequences = round(ranks.all_reduce_value(sum(len(tokens) for tokens in calibration.batches), device))
     hidden = embed_all(adapter, calibration.batches, on_host, ranks.local_groups(sequences))
     importance = {name: torch.cat(parts) for name, parts in (calibration.importance or {}).items()}
-    return Stream(hidden, ranks, sequences, importance)
+    return Stream(hidden, ranks, sequences, importance, all_tokens=calibration.all_tokens)
 
 
 def owners_of(groups: Pass, shards: Shards) -> list[list[int]]:
@@ -281,4 +282,4 @@ def owners_of(groups: Pass, shards: Shards) -> list[list[int]]:
 
 def take_statistics(sums: Sums) -> Statistics:
     """In the memory of the sums, which are gone then."""
-    return Statistics(sums.hessian.take_mean(), sums.hessian.tokens, sums.hessian.weight, sums.drift)
+    return Statistics(sums.hessian.take_mean(), sums.hessian.tokens, sums.hessian.weight, sums.drift, sums.routed)

@@ -129,6 +129,7 @@ def examine(adapter: Adapter, rules: Rules) -> tuple[Plan, list[str]]:
                 linears[full] = tuple(layer.linear(name).weight.shape)  # type: ignore[assignment]
                 problems += weight_problems(full, layer.linear(name))
         problems += disagreements(layer, layers[-1], recipes) or split_inputs(layer, layers[-1], recipes)
+        ignored += [layer.full_name(name) for name in layers[-1].keep]
         passes.append(passes_of(layer, layers[-1], recipes))
     for pattern, recipe in rules:
         if not any(matches(name, pattern) for name in [*ignored, *linears, "lm_head"]):  # lm_head is never quantized

@@ -109,8 +109,9 @@ def matches(name: str, pattern: str) -> bool:
         return name == pattern
     try:
         return re.match(pattern[3:], name) is not None
-    except re.error as error:
-        raise ValueError(f"ignore pattern {pattern!r} is no regular expression: {error}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"ignore pattern {pattern[:200]!r} is no regular expression: {reason}") from None
 
 
 def recipe_of(name: str, rules: Rules) -> Recipe | None:

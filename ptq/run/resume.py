@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,6 @@ from torch import Tensor
 import ptq
 from ptq.calibrate.importance import TokenImportance, to_keep
 from ptq.calibrate.inputs import Inputs
-from ptq.core.linalg import unpack_symmetric
 from ptq.export.checkpoint import Formats, check_layer, layer_tensors, restore_layer, shard_name
 from ptq.export.files import save_tensors, save_text
 from ptq.export.layout import Layout
@@ -33,12 +33,15 @@ from ptq.run.solve import Record
 from ptq.runtime.adapter import Layer
 from ptq.runtime.distributed import Ranks
 
+# What an unfinished folder may hold before it says of which run it is.  It is emptied for a new one: nobody else's may be in it.
+OURS = re.compile(r"\.?(fingerprint\.json|token_importance\.safetensors|curvature|layers|checkpoint)(\.part)?")
+
 
 def code_version() -> str:
     """Hash of the sources that the result depends on, and the versions of ours and of what computes."""
     root = Path(ptq.__file__).parent
     digest = hashlib.sha256()
-    folders = [folder for folder in root.iterdir() if folder.name not in ("cost", "eval")]
+    folders = [folder for folder in root.iterdir() if folder.name not in ("cost", "eval", "cli")]
     for path in sorted(path for folder in [root, *folders] for path in folder.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     packages = ", ".join(f"{name} {installed(name)}" for name in ("torch", "transformers", "triton"))
@@ -103,9 +106,14 @@ class Unfinished:
         self.finished, self.complete = ranks.all_gather_object((done, is_complete(output)))[0]
 
     def _open(self, about: dict, resume: bool) -> None:
+        if self.folder.is_symlink():
+            raise ValueError(f"{self.folder} is a link; remove it, or give another output")
         self.folder.mkdir(parents=True, exist_ok=True)
         sync(self.folder.parent)
         self._lock = lock(self.folder)
+        others = sorted(path.name for path in self.folder.iterdir() if not OURS.fullmatch(path.name))
+        if others and not (self.folder / "fingerprint.json").is_file():
+            raise ValueError(f"{self.folder} holds {others[0]!r}, which is of no run; remove it, or give another output")
         path = self.folder / "fingerprint.json"
         if not self.checkpoint.is_dir() and not is_complete(self.output):
             self._empty()  # new, or what is left of a finished run whose output is elsewhere by now
@@ -202,8 +210,8 @@ class Unfinished:
 
 
 class Curvature(Mapping[str, Tensor]):
-    """G of each linear by full name, a file each with its lower triangle, read when it is asked for: a model's may
-    be more than its weights."""
+    """G of each linear by full name, packed (ptq.calibrate.importance.to_keep), a file each, read when it is asked for: a
+    model's may be more than its weights."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -213,7 +221,7 @@ class Curvature(Mapping[str, Tensor]):
         save_tensors(self._folder / f"{name}.safetensors", {"G": to_keep(G)})
 
     def __getitem__(self, name: str) -> Tensor:
-        return unpack_symmetric(load_file(self._folder / f"{name}.safetensors")["G"])
+        return load_file(self._folder / f"{name}.safetensors")["G"]
 
     def __iter__(self) -> Iterator[str]:
         return (path.stem for path in sorted(self._folder.glob("*.safetensors")))

@@ -1,27 +1,16 @@
 """The names by which scripts speak of recipes: efforts, drifts, and cases METHOD-RULE-IMPORTANCE."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from ptq.core.formats import Format
+from ptq.core.activations import get_activation
+from ptq.core.formats import Format, get_format
 from ptq.core.scales import RULES
 from ptq.methods import METHODS
+from ptq.run.plan import with_block
 from ptq.run.recipe import Recipe
-
-# What GPTQ does unless told otherwise: each lowers KL and takes longer (docs/accuracy.md has the numbers).
-EFFORTS: dict[str, dict] = {
-    "fast": {"rule": "local", "token_importance": "none", "drift": "none", "row_feedback": False},
-    "default": {"rule": "joint", "token_importance": "none", "drift": "full", "row_feedback": False},
-    "best": {"rule": "joint", "token_importance": "sampled", "drift": "full", "row_feedback": True},
-}
-# How much of what earlier layers lost is made good, and from how many passes.
-DRIFTS: dict[str, dict] = {
-    "none": {"drift": 0.0},
-    "half": {"drift": 0.5, "stagewise": False},
-    "full": {"drift": 1.0, "stagewise": True},
-}
-# What a calibration token counts for in H (ptq.calibrate.importance).
-IMPORTANCES = ("none", "text", "sampled")
+from ptq.settings import DRIFTS, EFFORTS, IMPORTANCES, Settings
 
 
 def settings_of(case: str) -> dict:
@@ -53,3 +42,9 @@ def make_recipe(format: Format, settings: Mapping[str, Any], damp: float = 0.01,
         raise ValueError("row feedback needs the backward pass of token importance text or sampled, and it is none")
     chosen = DRIFTS[settings["drift"]] | {"row_feedback": settings["row_feedback"], "frozen": settings.get("frozen", False)}
     return Recipe(format, settings["method"], settings["rule"], damp, **(chosen | more))
+
+
+def base_recipe(settings: Settings) -> Recipe:
+    """What complete `settings` say of every linear that no rule names.  Raises ValueError where they do not fit each other."""
+    format, activation = with_block(get_format(settings.format), settings.block), get_activation(settings.activations)
+    return make_recipe(format, asdict(settings), settings.damp, activation=activation)

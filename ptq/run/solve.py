@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ptq.calibrate.drift import Drift
 from ptq.core.formats import choose_tensor_scale
+from ptq.core.linalg import unpack_symmetric
 from ptq.core.packing import Quantized
 from ptq.methods import METHODS
 from ptq.methods.rtn import rtn
@@ -40,7 +41,8 @@ class Record:
     two sides of the loss identity (gptq only).  `moved_scales`: share of the blocks whose scale is not the absmax one.
     `dead_inputs`: columns no token reached.  `seconds`: its part, by rows, of the time its matrix was solved in, over the number
     of ranks: all records together add up to no more than the run.  `validation_error`: of its outputs against the original
-    model's (ptq.calibrate.validation).
+    model's (ptq.calibrate.validation).  `routed_tokens`: of an expert, how many came to it; where they were too few, `tokens` is
+    all (ptq.calibrate.collect).
     """
 
     name: str
@@ -56,6 +58,7 @@ class Record:
     tokens: int
     seconds: float
     validation_error: float | None = None
+    routed_tokens: int | None = None
 
 
 class LinearStats(NamedTuple):
@@ -73,16 +76,18 @@ class LinearStats(NamedTuple):
 
 
 class MatrixFacts(NamedTuple):
-    """What is the same for all rows, and said by one rank only.  `has_identity`: 1 where the method has a loss identity."""
+    """What is the same for all rows, and said by one rank only.  `has_identity`: 1 where the method has a loss identity.
+    `routed`: of an expert, the tokens that came to it, else -1."""
 
     has_identity: float
     dead_inputs: float
     tokens: float
+    routed: float
 
 
 @dataclass(frozen=True)
 class SolvedRows:
-    """Quantized rows of a matrix, and on the device, float64: stats (linears, 7), seconds still 0, and facts (3,)."""
+    """Quantized rows of a matrix, and on the device, float64: stats (linears, 7), seconds still 0, and facts (4,)."""
 
     quantized: Quantized
     stats: Tensor
@@ -99,6 +104,7 @@ class Statistics:
     tokens: int
     weight: Tensor
     drift: Drift | None = None
+    routed: int | None = None
 
 
 def solve_matrix(
@@ -136,15 +142,21 @@ def solve_matrix(
             how = partial(how, frozen=True)
         if recipe.row_feedback:
             parts = zip(T.split(sizes), linears, strict=True)
-            solution = join([how(part, H, G=curvature[name].to(device)) for part, name in parts])
+            solution = join([how(part, H, G=known_curvature(curvature[name].to(device), len(part))) for part, name in parts])
         else:
             solution = how(T, H)
     with phase("report"):
         stats = linear_stats(W, T, H, solution, recipe, sizes)
         dead, tokens = ((statistics.H.diagonal() == 0).sum(), statistics.tokens) if statistics else (0, 0)
-        facts = (solution.measured is not None, dead, tokens)
+        routed = -1 if statistics is None or statistics.routed is None else statistics.routed
+        facts = (solution.measured is not None, dead, tokens, routed)
         told = torch.stack([torch.as_tensor(fact, dtype=torch.float64, device=device) for fact in facts])
     return SolvedRows(solution.quantized, stats, told, begin, now(device))
+
+
+def known_curvature(packed: Tensor, rows: int) -> Tensor | None:
+    """G (rows, rows); None where no gradient came, as of an expert that was given no tokens: then errors are not fed over rows."""
+    return unpack_symmetric(packed, rows) if packed.any() else None
 
 
 def drift_target(W: Tensor, recipe: Recipe, statistics: Statistics, rows: range) -> Tensor:
@@ -246,6 +258,7 @@ def make_record(name: str, linear: nn.Linear, stats: LinearStats, facts: MatrixF
         dead_inputs=int(facts.dead_inputs) if known else None,
         tokens=int(facts.tokens),
         seconds=stats.seconds,
+        routed_tokens=int(facts.routed) if facts.routed >= 0 else None,
     )
 
 

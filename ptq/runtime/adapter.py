@@ -13,15 +13,22 @@ Group = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its number, its full name, and the module, whose tensors may be on the meta device."""
+    """One decoder layer: its number, its full name, and the module, whose tensors may be on the meta device.
+
+    `renamed`: (in the model, in checkpoints) parts of names that differ.
+    """
 
     index: int
     name: str
     module: nn.Module
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def full_name(self, name: str) -> str:
-        """Of the linear that is called `name` inside the layer."""
-        return f"{self.name}.{name}"
+        """What checkpoints and serving engines call that which is called `name` inside the layer."""
+        full = f"{self.name}.{name}"
+        for ours, theirs in self.renamed:
+            full = full.replace(ours, theirs)
+        return full
 
     def linear(self, name: str) -> nn.Linear:
         module = self.module.get_submodule(name)
@@ -36,13 +43,17 @@ class LayerPlan:
     `waves`: the groups in the order they run; those of one wave (the experts of a mixture) do not depend on each other.
     `fused`: linears that serving engines fuse, which need one scheme and one tensor_scale; all of a set are in one group.
     `residual`: linears whose output is added to the residual stream, and the factor it is multiplied by first.
-    `output`: the one of them whose sum is the layer's output, if any.
+    `output`: the one of them whose sum is the layer's output, if any.  `keep`: modules that stay in high precision.
+    `experts`: linears that see only the tokens routed to them, about `share` of all.
     """
 
     waves: tuple[tuple[Group, ...], ...]
     fused: tuple[tuple[str, ...], ...]
     residual: Mapping[str, float]
     output: str | None
+    keep: tuple[str, ...] = ()
+    experts: frozenset[str] = frozenset()
+    share: float = 1.0
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -62,6 +73,11 @@ class Adapter(Protocol):
     @property
     def model(self) -> Any:
         """transformers' model; its tensors may be on the meta device."""
+        ...
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers hold a mixture of experts."""
         ...
 
     def parameters(self) -> int:
@@ -89,6 +105,15 @@ class Adapter(Protocol):
 
     def forward(self, layer: Layer, hidden: Tensor) -> Tensor:
         """The layer's output (n, length, d) for input `hidden`."""
+        ...
+
+    def watch(self, layer: Layer, tokens: Mapping[int, Tensor] | None) -> None:
+        """From now on observers of the layer's experts see their answers to these tokens, by the expert's number, instead of
+        those routed to them; None: those again.  What the layer gives does not change."""
+        ...
+
+    def routing(self, layer: Layer) -> dict[int, Tensor]:
+        """Of the layer's last batch, the tokens routed to each expert; empty where it has none."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ptq.runtime.heartbeat import heartbeat
+
 GROUPS = 8
 TIMEOUT = timedelta(minutes=10)
 
@@ -154,7 +156,8 @@ def init_process_group(device: torch.device, *, deterministic: bool = False) -> 
     ranks = Ranks(int(os.environ["RANK"]), size, deterministic)
     on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
-    yield ranks
+    with heartbeat(ranks.rank, size):
+        yield ranks
     dist.destroy_process_group()  # not after an error: the others may be waiting in the middle of something, torchrun ends them
 
 

@@ -6,17 +6,25 @@ from contextvars import ContextVar
 
 from torch import Tensor, nn
 
-_routed: ContextVar[Tensor | None] = ContextVar("routed", default=None)
+_tokens: ContextVar[Tensor | None] = ContextVar("tokens", default=None)
+_observed: ContextVar[bool] = ContextVar("observed", default=True)
 
 
 @contextmanager
-def routed(tokens: Tensor) -> Iterator[None]:
-    """Inside the block a linear's input is of these tokens only: numbers (t,) into the batch's tokens, flattened."""
-    before = _routed.set(tokens)
+def routed(tokens: Tensor, *, observed: bool = True) -> Iterator[None]:
+    """Inside the block a linear's input is of these tokens only: numbers (t,) into the batch's tokens, flattened; and if not
+    `observed`, no observer is told of it."""
+    before = _tokens.set(tokens), _observed.set(observed)
     try:
         yield
     finally:
-        _routed.reset(before)
+        _tokens.reset(before[0])
+        _observed.reset(before[1])
+
+
+def observed_tokens() -> Tensor | None:
+    """To be called by an observer: which of the batch's tokens a linear's input is of, None for all."""
+    return _tokens.get()
 
 
 class StopForward(Exception):
@@ -28,7 +36,8 @@ def observe_outputs(linears: Iterable[nn.Module], observe: Callable[[nn.Module, 
     """Calls observe(linear, x, y) with input x and output y of each linear as it runs; no hook outlives the block."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        observe(module, args[0], output)
+        if _observed.get():
+            observe(module, args[0], output)
 
     handles = [linear.register_forward_hook(hook) for linear in linears]
     try:
@@ -53,7 +62,9 @@ def observe_inputs(
     """
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        observe(module, args[0], _routed.get())
+        if not _observed.get():
+            return
+        observe(module, args[0], _tokens.get())
         if module is last:
             raise StopForward
 

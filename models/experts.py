@@ -1,0 +1,81 @@
+"""A mixture's experts as plain linears.
+
+transformers keeps the experts of a layer in 3-D parameters; checkpoints and serving engines name one 2-D weight an expert
+and projection.  Here they are that: modules whose linears can be observed, quantized and stored like any other.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ptq.runtime.hooks import routed
+
+
+class Expert(nn.Module):
+    """down(activation(gate(x)) · up(x)), the projections under the names that checkpoints have for them."""
+
+    def __init__(self, names: tuple[str, str, str], gate: Tensor, up: Tensor, down: Tensor, activation: Callable):
+        super().__init__()
+        self.names, self.activation = names, activation
+        for name, weight in zip(names, (gate, up, down), strict=True):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+            self.add_module(name, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (getattr(self, name) for name in self.names)
+        return down(self.activation(gate(x)) * up(x))
+
+
+class LinearExperts(nn.ModuleList):
+    """Of fused experts (gate_up_proj (E, 2m, d), down_proj (E, d, m)); the same function to the bit as transformers' loop.
+
+    `routing`: of the last batch, the tokens each expert was given.  `watched`: if set, observers see each expert's answer to
+    these tokens instead of those it is given; the output stays what it is.
+    """
+
+    def __init__(self, fused: nn.Module, names: tuple[str, str, str]):
+        gate, up = fused.gate_up_proj.chunk(2, dim=1)  # type: ignore[operator,union-attr]
+        super().__init__(Expert(names, *weights, fused.act_fn) for weights in zip(gate, up, fused.down_proj, strict=True))  # type: ignore[arg-type]
+        self.routing: dict[int, Tensor] = {}
+        self.watched: Mapping[int, Tensor] | None = None
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """x (t, d); index (t, k): the experts of each token; weights (t, k): what their answers count for."""
+        if index.is_meta:  # no routing is known: every expert is given all tokens, as a tensor of its own
+            return torch.stack([expert(x.clone()) for expert in self]).sum(0)
+        if self.watched is not None:
+            for number, tokens in self.watched.items():
+                with routed(tokens):
+                    self[number](x[tokens])
+        output, self.routing = torch.zeros_like(x), {}
+        for number, (tokens, place) in by_expert(index, len(self)).items():
+            self.routing[number] = tokens
+            with routed(tokens, observed=self.watched is None):
+                answer = self[number](x[tokens]) * weights[tokens, place, None]
+            output.index_add_(0, tokens, answer.to(output.dtype))
+        return output
+
+
+def by_expert(index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """For each expert that index (t, k) names: the tokens that name it, ascending, and in which place.  Waits for the device
+    once."""
+    order = index.flatten().argsort(stable=True)
+    counts = index.flatten().bincount(minlength=experts).tolist()
+    tokens, places = order // index.shape[1], order % index.shape[1]
+    parts = zip(tokens.split(counts), places.split(counts), strict=True)
+    return {number: part for number, part in enumerate(parts) if len(part[0]) and number < experts}
+
+
+def linearize(model: nn.Module, names: tuple[str, str, str]) -> None:
+    """Puts plain linears in the place of every fused experts module of the model."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LinearExperts(module, names))
+
+
+def experts_of(module: nn.Module) -> list[LinearExperts]:
+    return [part for part in module.modules() if isinstance(part, LinearExperts)]

@@ -1,0 +1,90 @@
+"""The model card: README.md of a checkpoint, of which the hub reads the first lines.
+
+It holds no times and no paths, so that the same run writes the same bytes.
+"""
+
+import json
+
+from ptq.run.plan import Plan
+from ptq.settings import is_hub_id, short_name
+
+NAMES = {"nvfp4": "NVFP4", "mxfp4": "MXFP4", "mxfp4-round": "MXFP4", "int4": "INT4"}
+
+
+def model_card(report: dict, plan: Plan) -> str:
+    """Markdown with YAML front matter."""
+    settings = report["settings"]
+    formats = " and ".join(dict.fromkeys(NAMES.get(format.name, format.name) for format in plan.formats.values()))
+    name = short_name(report["model"])
+    left = f"; {len(plan.ignored)} linears were left alone" if plan.ignored else ""
+    parts = [
+        front_matter(report["model"], dict.fromkeys(format.name for format in plan.formats.values())),
+        f"# {name}, {formats}\n",
+        f"{name} with the weights of {len(plan.linears)} linears in {formats}{left}, made by ptq {report['versions']['ptq']}. "
+        "Embeddings, norms and the output head are bfloat16.\n",
+        f"## How it was made\n\n{method(settings, report)}\n{made_by(report)}",
+        f"## What it lost\n\n{losses(report)}\n",
+        SERVE,
+        f"Versions: {', '.join(f'{package} {version}' for package, version in report['versions'].items())}; {report['device']}.\n",
+    ]
+    return "\n".join(parts)
+
+
+SERVE = """## How to use it
+
+In vLLM, with this folder or the id of its repository for MODEL:
+
+```
+vllm serve MODEL
+```
+
+In transformers, which needs the package compressed-tensors:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("MODEL", dtype="bfloat16", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("MODEL")
+```
+"""
+
+
+def front_matter(model: str, formats: dict[str, None]) -> str:
+    """YAML; JSON strings are YAML strings."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if is_hub_id(model):
+        lines += [f"base_model: {json.dumps(model)}", "base_model_relation: quantized"]
+    tags = [*formats, "4-bit", "quantized", "compressed-tensors", "ptq"]
+    return "\n".join([*lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---\n"])
+
+
+def method(settings: dict, report: dict) -> str:
+    how = f"Method {settings['method']}, block scales by rule `{settings['rule']}`"
+    if settings["method"] == "gptq":
+        how += f", effort `{settings['effort']}`, damping {settings['damp']:g}, drift {settings['drift']}"
+        how += f", token importance {settings['token_importance']}, row feedback {'on' if settings['row_feedback'] else 'off'}"
+    size, text = f"{settings['sequences']} × {settings['length']} tokens", short_name(settings["calibration"])
+    return f"{how}. Calibrated on {size} of {text} ({report['calibrated_on']})."
+
+
+def made_by(report: dict) -> str:
+    return f"\n```\n{report['command']}\n```\n" if report["command"] else ""
+
+
+def losses(report: dict) -> str:
+    """Errors of the linears, and scores where there are any."""
+    measured = [linear for linear in report["linears"] if linear["error"] is not None]
+    lines = []
+    if measured:
+        mean, usual = (sum(linear[key] for linear in measured) / len(measured) for key in ("error", "rtn_error"))
+        lines.append(f"Relative error of a linear's output, mean: {mean:.4f} (round to nearest: {usual:.4f}).")
+    scores = {name: value for name, value in report.items() if isinstance(value, dict) and "ppl" in value}
+    if scores:
+        first = next(iter(scores.values()))
+        lines += [
+            f"\n{first['tokens']} tokens of {short_name(report['settings']['evaluate'])} in windows of {first['window']}, "
+            f"scored in {first['dtype']}:\n",
+            "| | token perplexity | KL to the original (nats) |\n|---|---:|---:|",
+            *(f"| {name} | {value['ppl']:.3f} | {value['kl']:.5f} |" for name, value in scores.items()),
+        ]
+    return "\n".join(lines) or "Not measured: this method needs no calibration, and no text was given to evaluate on."

@@ -1,0 +1,188 @@
+"""A whole run, for the command and the library: settings and a model in, a checkpoint and its report out."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ptq.calibrate.activations import default_batch
+from ptq.cost.estimate import disk_bytes
+from ptq.cost.preview import Preview, make_preview
+from ptq.cost.shape import shape_of
+from ptq.export.compressed_tensors import CompressedTensors
+from ptq.export.files import check_output, save_text
+from ptq.export.manifest import write_manifest
+from ptq.models.loading import open_model, quiet
+from ptq.pipeline.calibration import Given, Windows, make_windows, read_calibration
+from ptq.pipeline.card import model_card
+from ptq.pipeline.finish import finish
+from ptq.pipeline.progress import bars
+from ptq.pipeline.source import Source, open_source
+from ptq.run.job import Job, do_layers
+from ptq.run.plan import Plan, make_plan, named_format
+from ptq.run.recipe import Recipe, Rules, as_rules
+from ptq.run.recipe_file import read_recipe
+from ptq.run.resume import Unfinished, fingerprint, is_complete, unfinished_folder
+from ptq.run.settings import base_recipe
+from ptq.runtime.distributed import init_process_group, local_device
+from ptq.settings import PLACES, Settings
+
+GivenRules = Sequence[tuple[str, Recipe | str | None]]
+"""(pattern, recipe) as ptq.run.recipe.Rules; a format's name stands for the settings' recipe in that format."""
+BYTES_DEPEND_ON = (
+    "format",
+    "activations",
+    "method",
+    "effort",
+    "rule",
+    "token_importance",
+    "drift",
+    "row_feedback",
+    "damp",
+    "ignore",
+)
+BYTES_DEPEND_ON += ("seed", "dtype", "deterministic")
+
+
+def run(
+    model: str | Path | PreTrainedModel,
+    settings: Settings,
+    output: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Given | None = None,
+    rules: GivenRules = (),
+    hidden: bool | None = None,
+) -> dict | None:
+    """Writes the checkpoint and returns its report, on ranks other than 0 None.
+
+    `calibration`: None for the source that the settings name.  `hidden`: of progress bars; None, where nobody watches.
+    """
+    begin = time.perf_counter()
+    if not (settings.resume and is_complete(output)):
+        check_output(output, 0)
+    work = prepare(model, settings, tokenizer, settings.calibration if calibration is None else calibration, rules)
+    job, settings = work.job, work.settings
+    size = job.plan.checkpoint_bytes(job.adapter.parameters())
+    with ExitStack() as at_the_end:
+        with init_process_group(job.device, deterministic=settings.deterministic) as ranks:
+            for part, value in work.about.items():
+                ranks.check_same("calibration set" if part == "calibration" else part, value)
+            if ranks.rank == 0 and not unfinished_folder(output).exists():
+                shape = shape_of(job.plan, job.adapter, len(job.calibration), settings.length, job.importance)
+                check_output(output, int(1.05 * (size + disk_bytes(shape))) + 2**24)
+            unfinished = Unfinished(output, work.about, len(job.adapter.names), resume=settings.resume, ranks=ranks)
+            at_the_end.callback(unfinished.close)
+            with bars(len(job.adapter.names), hidden=True if ranks.rank else hidden) as progress:
+                do_layers(job, unfinished, ranks, progress)
+        if ranks.rank:
+            return None
+        # One process is enough for the rest, and compressed-tensors would wait for the others if the group were still there.
+        if unfinished.complete:
+            report = json.loads((output / "report.json").read_text())
+        else:
+            report = finish(work.source, settings, job, work.windows, unfinished, hidden=hidden)
+            if rules:  # which no flag of the command says
+                report |= {"command": None, "rules": described(rules)}
+            report |= {"bytes": size, "seconds": time.perf_counter() - begin}
+            save_text(unfinished.checkpoint / "report.json", json.dumps(report, indent=1) + "\n")
+            write_manifest(unfinished.checkpoint)
+            save_text(unfinished.checkpoint / "README.md", model_card(report, job.plan))
+        unfinished.finish()
+        return report
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run that can begin.  `settings`: complete.  `about`: what its bytes depend on (ptq.run.resume)."""
+
+    source: Source
+    settings: Settings
+    windows: Windows
+    job: Job
+    about: dict
+
+
+def prepare(
+    model: str | Path | PreTrainedModel,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Given,
+    rules: GivenRules,
+) -> Work:
+    """Reads no weights of a model in safetensors files.  Raises ValueError for everything that is known to fail."""
+    device = local_device(settings.device or default_device())
+    settings = replace(settings, device=device)
+    recipe_rules = all_rules(settings, rules)
+    settings, texts = read_calibration(calibration, settings)
+    with quiet():
+        source = open_source(model, tokenizer, dtype=dtype_of(settings), device=device)
+    plan = make_plan(source.adapter, recipe_rules)
+    windows = make_windows(texts, source, settings)
+    job = make_job(source, settings, windows, plan, torch.device(device))
+    about = fingerprint(source.identity(), windows.calibration, what_bytes_depend_on(settings, rules), job.device)
+    return Work(source, settings, windows, job, about)
+
+
+def all_rules(settings: Settings, rules: GivenRules) -> Rules:
+    """The settings' own recipe for every linear, or their file's, then what `rules` say, then what is to be ignored."""
+    settings = settings.complete()
+    base = base_recipe(settings)
+    of_file = read_recipe(Path(settings.recipe)) if settings.recipe else [("re:.*", base)]
+    if settings.token_importance == "none" and any(recipe and recipe.row_feedback for _, recipe in of_file):
+        raise ValueError("a rule has row feedback, which needs --token-importance text or sampled")
+    of_format = {name: named_format(name, settings.block) for _, name in rules if isinstance(name, str)}
+    named = [(pattern, replace(base, format=of_format[how]) if isinstance(how, str) else how) for pattern, how in rules]
+    return as_rules([*of_file, *named], settings.ignore)
+
+
+def make_job(source: Source, settings: Settings, windows: Windows, plan: Plan, device: torch.device) -> Job:
+    batch = settings.batch or default_batch(
+        source.adapter.config.hidden_size, settings.length, device, experts=source.adapter.has_experts
+    )
+    assert settings.token_importance is not None
+    return Job(
+        source.adapter, plan, CompressedTensors(), windows.calibration, device, settings.token_importance, settings.seed, batch,
+        PLACES[settings.hidden_states], windows.validation,
+    )  # fmt: skip
+
+
+def what_bytes_depend_on(settings: Settings, rules: GivenRules) -> dict[str, object]:
+    chosen: dict[str, object] = {name: getattr(settings, name) for name in BYTES_DEPEND_ON}
+    chosen["block"] = base_recipe(settings).format.block
+    if settings.recipe:
+        of_file = read_recipe(Path(settings.recipe))
+        chosen["recipe"] = [(pattern, recipe and recipe.about) for pattern, recipe in of_file]
+    return chosen | ({"rules": described(rules)} if rules else {})
+
+
+def described(rules: GivenRules) -> list[str]:
+    return [f"{pattern}: {how or 'left alone'}" for pattern, how in rules]
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype_of(settings: Settings) -> torch.dtype | None:
+    return None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+
+
+def preview(model: str, settings: Settings, output: Path | None = None) -> Preview:
+    """What `run` would do, from the headers of the model's files; no weights and no text are read."""
+    settings = settings.complete()
+    with quiet():
+        adapter, _, _ = open_model(model, dtype=dtype_of(settings), device="cpu")
+    assert settings.sequences is not None and settings.token_importance is not None
+    return make_preview(
+        adapter, all_rules(settings, ()), settings.sequences, settings.length,
+        settings.token_importance, batch=settings.batch, on_host=PLACES[settings.hidden_states],
+        ranks=int(os.environ.get("WORLD_SIZE", 1)), output=output or Path("output"),
+        cores=torch.get_num_threads() if (settings.device or default_device()) == "cpu" else 0,
+    )  # fmt: skip

@@ -1,0 +1,289 @@
+#!/usr/bin/env python
+"""Faults at random moments, and what became of the work; prints a JSON line a kind of fault, and fails where anything was lost.
+
+    python scripts/torture.py all --work build/torture
+    python scripts/torture.py dense ranks --work DIR --faults 60 --seed 1
+
+Every run quantizes a tiny model on the CPU.  A fault is survived where the same command with --resume then gives the bytes of a run
+that nothing disturbed, and where a run that cannot go on says so in one line.
+"""
+
+import argparse
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
+Bench = runpy.run_path(str(TESTS / "bench.py"))["Bench"]
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+WAYS = {"dense": [], "row feedback": ["--effort", "best"]}
+
+
+def remove(output: Path) -> None:
+    for path in (output, output.with_name(f"{output.name}.unfinished")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def one_line(said: str) -> bool:
+    return said.count("\n") == 1 and said.startswith(("error: ", "stopped by "))
+
+
+def kills(bench: Any, faults: int, draw: random.Random, way: str) -> Counter:
+    """Signals at moments drawn from the time a run takes, one after the other in the same work, until it is finished."""
+    options, output, found = WAYS[way], bench.folder / "killed", Counter()
+    expected, whole = bench.reference(*options)
+    while found["tried"] < faults:
+        number = draw.choice(SIGNALS)
+        child, said = bench.start(bench.command(output, *options, "--resume"))
+        time.sleep(draw.uniform(0, whole))
+        os.kill(child, number)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        found["tried"] += 1
+        told = said.read_text()
+        if number != signal.SIGKILL and code == 128 + number:
+            found["stopped in one line"] += 1
+            found["lost"] += not (one_line(told) and ("--resume" in told or "nothing was kept" in told))
+        elif code not in (0, -number):  # a signal before the run began, or after it ended, ends the fork itself
+            found["lost"] += 1
+            sys.stderr.write(f"{way}, {signal.Signals(number).name}: exit {code}, {told[-500:]}\n")
+        if output.exists():
+            found["finished and equal"] += bench.contents(output) == expected
+            found["lost"] += bench.contents(output) != expected
+            remove(output)
+    code, said = bench.run(bench.command(output, *options, "--resume"))
+    found["lost"] += code != 0 or bench.contents(output) != expected
+    remove(output)
+    return found
+
+
+def ranks(bench: Any, faults: int, draw: random.Random) -> Counter:
+    """One of two ranks is killed or stopped, or torchrun gets Ctrl-C; --deterministic, so that resumed bytes are comparable."""
+    process_of_rank, found = runpy.run_path(str(TESTS / "processes.py"))["process_of_rank"], Counter()
+    output, options = bench.folder / "ranks", ["--deterministic"]
+    expected, _ = bench.reference(*options)
+    script = [*TORCHRUN, str(ROOT / "scripts" / "quantize_llama.py"), *bench.command(output, *options, "--resume")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for fault in range(faults):
+        kind = ("killed", "stopped", "Ctrl-C")[fault % 3]
+        job = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        while job.poll() is None and not (output.with_name("ranks.unfinished") / "layers").is_dir():
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        begin, rank = time.monotonic(), draw.randrange(2)
+        process = process_of_rank(rank, job.pid)
+        if process is not None:
+            os.kill(job.pid if kind == "Ctrl-C" else process, {"killed": 9, "stopped": 19, "Ctrl-C": 2}[kind])
+        said = job.communicate(timeout=120)[0]
+        found["tried"] += 1
+        found[kind] += 1
+        found["slowest end in seconds"] = max(found["slowest end in seconds"], round(time.monotonic() - begin))
+        named = (
+            f"rank {rank} has been silent" in said or f"rank      : {rank}" in said or kind == "Ctrl-C" or job.returncode == 0
+        )
+        found["lost"] += not named
+        if not named:
+            sys.stderr.write(said[-2000:])
+    if not output.exists():
+        found["lost"] += subprocess.run(script, env=environment, capture_output=True).returncode != 0
+    found["finished and equal"] += bench.contents(output) == expected
+    found["lost"] += bench.contents(output) != expected
+    remove(output)
+    return found
+
+
+def disk(bench: Any, faults: int, draw: random.Random) -> Counter:
+    """A file system that is full after so many bytes, from none to all that a run writes; then larger, and the run goes on."""
+    place, found = bench.folder / "disk", Counter()
+    place.mkdir(exist_ok=True)
+    expected, _ = bench.reference("--effort", "best")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True).returncode:
+        return Counter({"not allowed to mount": 1})
+    bench.main.__globals__["check_output"] = lambda *_: None  # it would refuse a disk that is too small at once
+    output = place / "out"
+    command = bench.command(output, "--effort", "best")
+    try:
+        for fault in range(faults):
+            size = 16 + 4 * round(fault * 160 / faults)
+            subprocess.run(["mount", "-o", f"remount,size={size}k", str(place)], check=True)
+            code, said = bench.run([*command, "--resume"])
+            found["tried"] += 1
+            found["full, said in one line"] += code == 1 and one_line(said) and "No space left" in said
+            found["lost"] += code not in (0, 1) or (code == 1 and not one_line(said))
+            subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
+            code = code and bench.run([*command, "--resume"])[0]
+            found["finished and equal"] += code == 0 and bench.contents(output) == expected
+            found["lost"] += code != 0 or bench.contents(output) != expected
+            remove(output)
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+    return found
+
+
+def vanished(bench: Any, faults: int, draw: random.Random) -> Counter:
+    """The unfinished folder is removed, or its checkpoint is, while the run goes on; and one output is given to two runs."""
+    output, found = bench.folder / "vanished", Counter()
+    expected, whole = bench.reference()
+    folder = output.with_name("vanished.unfinished")
+    for fault in range(faults):
+        child, said = bench.start(bench.command(output))
+        time.sleep(draw.uniform(0.3, 0.9) * whole)
+        if fault % 3 == 0:
+            told = bench.folder / "first.txt"
+            said.rename(told)
+            code, second = bench.run(bench.command(output, "--resume"))
+            fine = (code == 1 and one_line(second)) or code == 0
+        else:
+            told, fine = said, True
+            shutil.rmtree(folder if fault % 3 == 1 else folder / "checkpoint", ignore_errors=True)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        whole_there = output.exists() and bench.contents(output) == expected
+        fine = fine and ((code == 0 and whole_there) or (code == 1 and one_line(told.read_text()) and not output.exists()))
+        found["tried"] += 1
+        found["refused in one line" if code else "finished and equal"] += fine
+        found["lost"] += not fine
+        if not fine:
+            sys.stderr.write(f"vanished {fault}: exit {code}, {told.read_text()[-500:]}\n")
+        remove(output)
+    return found
+
+
+def shards(bench: Any, faults: int, draw: random.Random) -> Counter:
+    """The model's file is cut short, or a bit of it turned, before a run or before its --resume: refused, or another model."""
+    output, found, path = bench.folder / "shards", Counter(), bench.model / "model.safetensors"
+    good = path.read_bytes()
+    _, whole = bench.reference()
+    for fault in range(faults):
+        bad, at = bytearray(good), draw.randrange(len(good))
+        if fault % 2:
+            bad[at] ^= 1 << draw.randrange(8)
+        else:
+            del bad[at:]
+        if fault % 4 > 1:  # a run is killed, and the model is another when it is gone on with
+            child, _ = bench.start(bench.command(output))
+            time.sleep(0.7 * whole)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        begun = (output.with_name("shards.unfinished") / "fingerprint.json").is_file()
+        path.write_bytes(bad)
+        code, said = bench.run(bench.command(output, "--resume")) if not output.exists() else (1, "error: \n")
+        path.write_bytes(good)
+        refused = code == 1 and one_line(said)
+        changed = fault % 2 and not begun and code == 0  # a bit of a weight: another model, as good as any
+        found["tried"] += 1
+        found["refused in one line"] += refused
+        found["another model from the start"] += bool(changed)
+        found["lost"] += not refused and not changed
+        if not refused and not changed:
+            sys.stderr.write(f"shards {fault}, byte {at}: exit {code}, {said[-500:]}\n")
+        remove(output)
+    return found
+
+
+def changed(bench: Any, faults: int, draw: random.Random) -> Counter:
+    """The model's file is written to while a run reads it, a bit of it turned or its end cut off: refused, or all of one model."""
+    output, found, path = bench.folder / "changed", Counter(), bench.model / "model.safetensors"
+    good = path.read_bytes()
+    expected, whole = bench.reference()
+    for fault in range(faults):
+        bad, at = bytearray(good), draw.randrange(len(good))
+        bad[at] ^= 1 << draw.randrange(8)
+        bad = bad[:at] if fault % 2 else bad
+        child, told = bench.start(bench.command(output))
+        time.sleep(draw.uniform(0, whole))
+        path.write_bytes(bad)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        outcome = "lost"
+        if code == 1 and one_line(told.read_text()):
+            outcome = "refused in one line"
+        elif code == -signal.SIGBUS:  # the file was mapped when it was cut: the kernel's answer
+            outcome = "ended by SIGBUS"
+        elif code == 0 and bench.contents(output) == expected:
+            outcome = "finished and equal"
+        elif code == 0:
+            clean = bench.folder / "clean"
+            again, _ = bench.run(bench.command(clean))
+            outcome = "all of the other model" if again == 0 and bench.contents(clean) == bench.contents(output) else "lost"
+            remove(clean)
+        path.write_bytes(good)
+        found.update({"tried": 1, outcome: 1})
+        if outcome == "lost":
+            sys.stderr.write(f"changed {fault}, byte {at}: exit {code}, {told.read_text()[-500:]}\n")
+        remove(output)
+    return found
+
+
+def long_run(bench: Any, layers: int) -> Counter:
+    """Memory, open files and time a layer of a model of so many layers, from the tenth on: flat."""
+    folder = Path(tempfile.mkdtemp(dir=bench.folder))
+    deep, seen = Bench(folder, layers), []
+    child, said = deep.start(deep.command(folder / "out", "--effort", "fast", "--token-importance", "none"))
+    layers_done = folder / "out.unfinished" / "layers"
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        done = len(list(layers_done.glob("*.json"))) if layers_done.is_dir() else 0
+        if done and (not seen or done >= seen[-1][0] + 10):
+            pages = int(Path(f"/proc/{child}/statm").read_text().split()[1])
+            seen.append((done, time.monotonic(), pages * 4096 / 2**20, len(os.listdir(f"/proc/{child}/fd"))))
+        time.sleep(0.02)
+    assert (folder / "out").is_dir(), said.read_text()
+    (first, t0, memory, files), (middle, t1, _, _), (last, t2, memory2, files2) = seen[1], seen[len(seen) // 2], seen[-1]
+    found = Counter({"layers": layers, "MB grown": round(memory2 - memory), "files grown": files2 - files})
+    early, late = (t1 - t0) / (middle - first), (t2 - t1) / (last - middle)
+    found |= Counter({"ms a layer, first half": round(1000 * early), "ms a layer, second half": round(1000 * late)})
+    found["lost"] = int(memory2 - memory > 0.25 * layers or files2 > files + 2 or late > 1.5 * early)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = [*WAYS, "ranks", "disk", "vanished", "shards", "changed", "long", "fuzz", "numerics"]
+    parser.add_argument("kinds", nargs="+", choices=["all", *kinds])
+    parser.add_argument("--work", type=Path, required=True, help="a folder for all that is written; it is made")
+    parser.add_argument("--faults", type=int, default=60, help="of each kind (default: %(default)s)")
+    parser.add_argument("--cases", type=int, default=100_000, help="of each parser that is fuzzed (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
+    lost = 0
+    for kind in kinds if "all" in args.kinds else args.kinds:
+        begin = time.monotonic()
+        if kind in ("fuzz", "numerics"):
+            found = Counter(
+                {"lost": subprocess.run(outside(kind, args), cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode}
+            )
+        else:
+            bench, draw = Bench(Path(tempfile.mkdtemp(dir=args.work.resolve()))), random.Random(f"{kind} {args.seed}")
+            others = {"ranks": ranks, "disk": disk, "vanished": vanished, "shards": shards, "changed": changed}
+            if kind in WAYS:
+                found = kills(bench, args.faults, draw, kind)
+            else:
+                found = long_run(bench, 200) if kind == "long" else others[kind](bench, args.faults, draw)
+            shutil.rmtree(bench.folder)
+        lost += found["lost"]
+        print(json.dumps({"kind": kind, **found, "seconds": round(time.monotonic() - begin)}), flush=True)
+    return lost > 0
+
+
+def outside(kind: str, args: argparse.Namespace) -> list[str]:
+    if kind == "fuzz":
+        return [sys.executable, str(TESTS / "fuzz.py"), str(args.cases), str(args.seed)]
+    profile = ["--hypothesis-profile", "long", "--hypothesis-seed", str(args.seed)]
+    return [sys.executable, "-m", "pytest", str(TESTS / "test_numerics.py"), *profile]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
