@@ -64,6 +64,8 @@ def check_sizes(
     no tensor of `shapes` has, and more layers than `stored` bytes hold."""
     largest = max((max(shape, default=1) for shape in shapes), default=stored)
     bounds: dict[str, tuple[int, int]] = {name: (1, largest) for name in WIDTHS} | {name: (0, largest) for name in COUNTS}
+    if sizes.get("moe_intermediate_size"):  # the width of dense layers, of which a mixture may have none
+        bounds["intermediate_size"] = (1, stored)
     bounds["num_hidden_layers"] = (1, stored if layers is None else layers)
     for name, (low, high) in bounds.items():
         value = sizes.get(name)

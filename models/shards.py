@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,17 +16,20 @@ from ptq.runtime.checks import check_finite
 
 LARGEST_INDEX = 10**8  # bytes, as many as safetensors allows a header
 LARGEST_WEIGHT = 1e15  # sums of squares of errors stay within float32
+CHANGED = "was changed or removed while it was read; nothing may write to the model's folder"
 LAYER_NUMBER = re.compile(r"\blayers\.([0-9]{1,9})\.")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is, and what."""
+    """Where a tensor is, and what.  `begin`, `end`: its bytes in the file."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 class Shards:
@@ -40,11 +44,15 @@ class Shards:
         self._stamps: dict[Path, tuple[int, int]] = {}
         for path in shard_paths(folder):
             self._stamps[path] = stamp(path)
-            for name, entry in json.loads(read_header(path)).items():
+            header = read_header(path)
+            start = 8 + len(header)
+            for name, entry in json.loads(header).items():
                 if name != "__metadata__":
                     if name in self.tensors:
                         raise ValueError(f"{path} holds {name}, and so does {self.tensors[name].path.name}; remove one of them")
-                    self.tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]))
+                    self.tensors[name] = Stored(
+                        path, entry["dtype"], tuple(entry["shape"]), *(start + offset for offset in entry["data_offsets"])
+                    )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,12 +70,25 @@ class Shards:
         found: dict[str, Tensor] = {}
         for path, wanted in by_file.items():
             if stamp(path) != self._stamps[path]:
-                raise ValueError(f"{path} was changed or removed while it was read; nothing may write to the model's folder")
-            with safe_open(path, framework="pt") as file:
+                raise ValueError(f"{path} {CHANGED}")
+            with path.open("rb") as file:
                 for name in wanted:
-                    tensor = file.get_tensor(name)
-                    found[name] = tensor.pin_memory() if pin else tensor
+                    found[name] = read_tensor(file, name, self.tensors[name], pin=pin)
         return found
+
+
+def read_tensor(file: BinaryIO, name: str, stored: Stored, *, pin: bool) -> Tensor:
+    """The tensor in memory of its own: a mapped file that becomes shorter would end the process with SIGBUS.
+
+    Raises ValueError for a file that became shorter, and for a dtype that is not one of `DTYPES`.
+    """
+    if stored.dtype not in DTYPES:
+        raise ValueError(f"{stored.path}: {name} is in {stored.dtype}; give the original, in {', '.join(DTYPES)}")
+    data = torch.empty(stored.end - stored.begin, dtype=torch.uint8, pin_memory=pin)
+    file.seek(stored.begin)
+    if file.readinto(memoryview(data.numpy())) != len(data):  # type: ignore[attr-defined]
+        raise ValueError(f"{stored.path} {CHANGED}")
+    return data.view(DTYPES[stored.dtype]).view(stored.shape)
 
 
 def stamp(path: Path) -> tuple[int, int]:

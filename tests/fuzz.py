@@ -121,7 +121,10 @@ HEADER = {
     "model.layers.0.w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
     "model.layers.1.w": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
 }
-TENSORS = {"model.layers.1.w": Stored(Path("x"), "F32", (64, 128)), "embed": Stored(Path("x"), "F32", (64, 64))}
+TENSORS = {
+    "model.layers.1.w": Stored(Path("x"), "F32", (64, 128), 0, 32768),
+    "embed": Stored(Path("x"), "F32", (64, 64), 32768, 49152),
+}
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "vocab_size": 64,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 1e4,
