@@ -59,7 +59,7 @@ def test_hessians_are_of_rounded_inputs(monkeypatch):
 
     added = []
     monkeypatch.setattr(Hessian, "add", lambda self, X, weights=None: added.append(X))
-    with pytest.raises(ValueError, match="add up to 0"):
+    with pytest.raises(ValueError, match="no calibration tokens arrived"):
         quantize(Recipe(MXFP4, rule="joint", activation=MXFP4_INPUT))
     assert len(added) == 8 and all(torch.equal(x, fake_quantize(x, MXFP4_INPUT)) for x in added)
 

@@ -84,8 +84,9 @@ def describe(source: Source, settings: Settings, windows: Windows, job: Job, rec
 
 
 def compare(source: Source, settings: Settings, folder: Path, windows: Tensor, job: Job, *, hidden: bool | None) -> dict:
-    """Scores of the original, of RTN with absmax scales, and of the checkpoint as transformers loads it, all in one dtype and
-    on inputs rounded as they are to be; how the first and the last go on with a prompt; and the difference in KL to RTN, paired over the windows."""
+    """Scores of the original, of RTN with absmax scales, and of the checkpoint as transformers loads it, all in one dtype and on
+    inputs rounded as they are to be; how the first and the last go on with a prompt; and the difference in KL to RTN, paired
+    over the windows."""
     recipe, device = base_recipe(settings), torch.device(settings.device or "cpu")
     label = recipe.method if recipe.method == "gptq" or recipe.rule == "absmax" else f"{recipe.method}-{recipe.rule}"
     with quiet():
