@@ -48,7 +48,7 @@ def test_batches_hold_every_tree_once_within_their_room_and_with_little_padding(
 @pytest.mark.parametrize("room", [1, 64, 10_000])
 def test_equals_each_sequence_by_itself(family, room):
     """float32 sums of 64 terms in another order: a few ulp of logits below 8, so 1e-5 of a log likelihood's sum over 40 tokens."""
-    model = tiny_model(family)
+    model = tiny_model(family, sliding_window=None)
     asked = requests()
     found = log_likelihoods(model, asked, room)
     for request, (value, greedy) in zip(asked, found, strict=True):

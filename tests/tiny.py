@@ -44,12 +44,12 @@ TEXT = " ".join(WORDS[(i * i + 3 * i) % len(WORDS)] for i in range(3000))
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
     torch.manual_seed(1)
-    attention = changes.pop("attn_implementation", FAMILIES[family].attention)
+    attention = changes.pop("attn_implementation", FAMILIES[family].attention if family in FAMILIES else "sdpa")
     settings = SIZES | OF_FAMILY.get(family, {}) | changes
     if "layer_types" in settings:
         settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
     config = AutoConfig.for_model(family, **settings)
-    if FAMILIES[family].experts:
+    if family in FAMILIES and FAMILIES[family].experts:
         config._experts_implementation = "eager"  # the loop; other implementations differ from it by rounding
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return model.eval()
