@@ -112,7 +112,7 @@ def test_rules_give_linears_formats_of_their_own(made, tmp_path):
         ({"calibration": []}, "calibration is empty"),
         ({"format": "fp4"}, "format 'fp4': there are nvfp4"),
         ({"ignore": "lm_head"}, r"give a list: \['lm_head'\]"),
-        ({"rules": [("re:.*", "fp8")]}, "unknown format 'fp8'"),
+        ({"rules": [("re:.*", "fp5")]}, "unknown format 'fp5'"),
         ({"model": 3}, "model is a int; give a folder"),
         ({"model": "untied"}, "no tokenizer is given"),
     ],
