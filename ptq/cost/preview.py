@@ -73,6 +73,8 @@ class Preview:
             took, cores = self.cpu
             alone = f"{cores} core{'s'[: cores > 1]} to itself"
             lines.append(f"on this CPU about {minutes(took)} with {alone}: rough, expect half to twice that")
+        if any(group.share < 1 for group in shape.largest.groups):
+            lines.append("a mixture takes longer than this: its experts run and are solved one by one (docs/performance.md)")
         if shape.rows:
             lines.append(f"on the disk, until the checkpoint is finished, {gb(disk_bytes(shape))} for row feedback")
         problems = self.all_problems()
