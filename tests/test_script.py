@@ -255,6 +255,6 @@ def test_smollm2_loads_from_gguf_and_reads_back(tmp_path: Path):
     for done in quantize_layers(adapter, plan, Calibration(windows.split(4))):
         assert all(r.error is not None and r.rtn_error is not None and r.error < r.rtn_error for r in done.records)
         tensors = layer_tensors(done.layer, done.quantized, layout)
-        save_tensors(tmp_path / shard_name(done.index, 2), tensors)
+        save_tensors(tmp_path / shard_name(done.layer.index, 2), tensors)
     write_rest(tmp_path, adapter, tokenizer, plan.formats, layout)
     assert verify(tmp_path, adapter, windows[:1, :64], plan.formats, layout) == 0
