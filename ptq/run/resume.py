@@ -26,7 +26,7 @@ import ptq
 from ptq.calibrate.importance import TokenImportance, to_keep
 from ptq.calibrate.inputs import Inputs
 from ptq.export.checkpoint import Formats, check_layer, layer_tensors, restore_layer, shard_name
-from ptq.export.files import save_tensors, save_text
+from ptq.export.files import save_tensors, save_text, sync
 from ptq.export.layout import Layout
 from ptq.run.loop import LayerResult
 from ptq.run.solve import Record
@@ -283,12 +283,3 @@ def lock(folder: Path) -> int:
         os.close(descriptor)
         raise ValueError(f"another process is writing to {folder}") from None
     return descriptor
-
-
-def sync(path: Path) -> None:
-    """The content of a file, or the names in a folder, are on the disk afterwards."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
