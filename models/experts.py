@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ptq.runtime.hooks import routed
+from ptq.runtime.hooks import routed, together
 
 
 class Expert(nn.Module):
@@ -24,15 +24,23 @@ class Expert(nn.Module):
             self.add_module(name, linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (getattr(self, name) for name in self.names)
-        return down(self.activation(gate(x)) * up(x))
+        return self.down(self.inner(x))
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What the last projection is given."""
+        gate, up, _ = self.names
+        return self.activation(getattr(self, gate)(x)) * getattr(self, up)(x)
+
+    def down(self, inner: Tensor) -> Tensor:
+        return getattr(self, self.names[2])(inner)
 
 
 class LinearExperts(nn.ModuleList):
     """Of fused experts (gate_up_proj (E, 2m, d), down_proj (E, d, m)); the same function to the bit as transformers' loop.
 
-    `routing`: of the last batch, the tokens each expert was given.  `watched`: if set, observers see each expert's answer to
-    these tokens instead of those it is given; the output stays what it is.
+    First all experts' gates and ups run, then all their downs.  `routing`: of the last batch, the tokens each expert was given.
+    `watched`: if set, observers see each expert's answer to these tokens instead of those it is given; the output stays what it
+    is.
     """
 
     def __init__(self, fused: nn.Module, names: tuple[str, str, str]):
@@ -45,17 +53,30 @@ class LinearExperts(nn.ModuleList):
         """x (t, d); index (t, k): the experts of each token; weights (t, k): what their answers count for."""
         if index.is_meta:  # no routing is known: every expert is given all tokens, as a tensor of its own
             return torch.stack([expert(x.clone()) for expert in self]).sum(0)
-        if self.watched is not None:
-            for number, tokens in self.watched.items():
+        chosen, watched = by_expert(index, len(self)), self.watched
+        self.routing = {number: tokens for number, (tokens, _) in chosen.items()}
+
+        def inner(of: Mapping[int, Tensor], *, observed: bool = True) -> dict[int, Tensor]:
+            found = {}
+            for number, tokens in of.items():
+                with routed(tokens, observed=observed):
+                    found[number] = self[number].inner(x[tokens])
+            return found
+
+        def output() -> Tensor:
+            for number, tokens in (watched or {}).items():
                 with routed(tokens):
-                    self[number](x[tokens])
-        output, self.routing = torch.zeros_like(x), {}
-        for number, (tokens, place) in by_expert(index, len(self)).items():
-            self.routing[number] = tokens
-            with routed(tokens, observed=self.watched is None):
-                answer = self[number](x[tokens]) * weights[tokens, place, None]
-            output.index_add_(0, tokens, answer.to(output.dtype))
-        return output
+                    self[number].down(asked[number])
+            total = torch.zeros_like(x)
+            for number, (tokens, place) in chosen.items():
+                with routed(tokens, observed=watched is None):
+                    answer = self[number].down(given[number]) * weights[tokens, place, None]
+                total.index_add_(0, tokens, answer.to(total.dtype))
+            return total
+
+        routing = self.routing  # another batch has its own before this one goes on
+        asked, given = together(lambda: (inner(watched or {}), inner(routing, observed=watched is None)))
+        return together(output)
 
 
 def by_expert(index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:

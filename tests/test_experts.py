@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ptq.calibrate.collect import Original, Stream, collect
+from ptq.calibrate.collect import collect
 from ptq.calibrate.importance import token_importance
+from ptq.calibrate.passes import Original, Passes, Stream
 from ptq.models.adapter import ModelAdapter
 from ptq.models.experts import LinearExperts, experts_of
 from ptq.run.loop import Calibration, quantize_model
@@ -65,7 +66,7 @@ def test_observers_see_an_experts_own_tokens_or_those_it_is_asked_for_and_the_ou
 
 
 def sums_of(adapter, layer, group, stream):
-    return collect(adapter, layer, adapter.plan(layer), [group], [[0]], stream)[0]
+    return collect(Passes(adapter, layer, adapter.plan(layer), stream), [group], [[0]])[0]
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def test_drift_pairs_what_both_models_have_of_the_quantized_models_tokens():
     hidden = embed_all(adapter, tokens(4).split(2))
     moved, other = hidden.copy(), copy.deepcopy(layer.module)
     moved.data += 0.3 * torch.randn(moved.data.shape, generator=torch.Generator().manual_seed(1))
-    original = Original(replace(layer, module=other), hidden, hidden.empty_like())
+    original = Original(replace(layer, module=other), hidden)
     stream = Stream(moved, Ranks(), 4, original=original)
     group = ("mlp.experts.1.gate_proj", "mlp.experts.1.up_proj")
     found = sums_of(adapter, layer, group, stream)

@@ -5,8 +5,9 @@ import torch
 from transformers import LlamaConfig
 
 from ptq.calibrate.activations import embed_all, propagate
-from ptq.calibrate.collect import Original, Stream, collect_part
+from ptq.calibrate.collect import collect_part
 from ptq.calibrate.importance import descend, token_importance
+from ptq.calibrate.passes import Original, Passes, Stream
 from ptq.models.random import random_adapter
 from ptq.run.loop import Calibration, quantize_model
 from ptq.run.recipe import Recipe
@@ -35,7 +36,7 @@ def test_no_loop_over_batches_waits_for_the_device():
         layer, *_ = part = list(adapter.layers())
         plan = adapter.plan(layer)
         weights = {layer.full_name(group[0]): torch.rand(16, 128, device="cuda") for group in plan.groups}
-        original = Original(layer, hidden.copy(on_host), hidden.empty_like(on_host))
+        original = Original(layer, hidden.copy(on_host))
         adapter.logits(hidden.load(slice(0, 1)))  # reads the head
         propagate(adapter, layer, hidden, "forward")  # first calls may set libraries up
         descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, None, 0, 0)
@@ -43,7 +44,7 @@ def test_no_loop_over_batches_waits_for_the_device():
         try:
             for beside in (None, original):
                 stream = Stream(hidden, Ranks(), 16, weights, beside)
-                collect_part(adapter, layer, plan, plan.groups, hidden.groups, stream)
+                collect_part(Passes(adapter, layer, plan, stream), plan.groups, hidden.groups)
             propagate(adapter, layer, hidden, "forward")
             descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, None, 0, 0)
         finally:

@@ -57,6 +57,11 @@ class Activations:
     def __len__(self) -> int:
         return self.data.shape[0]
 
+    @property
+    def length(self) -> int:
+        """Of each sequence."""
+        return self.data.shape[1]
+
     def load(self, rows: slice) -> Tensor:
         """Sequences `rows` on the device."""
         if self._copies is None:

@@ -1,50 +1,25 @@
-"""What the solve of a group of linears needs of the calibration tokens, from one pass of them through a layer.
+"""What the solve of a group of linears needs of the calibration tokens, from their passes through a layer.
 
 Observers see the input of each group of linears (those that share it) as the quantized model has it and, where drift is
 made good, as the original has it; what they sum up is additive in the tokens, so batches, groups and ranks add up.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from ptq.calibrate.activations import Activations, each_batch
+from ptq.calibrate.activations import each_batch
 from ptq.calibrate.drift import Drift
 from ptq.calibrate.hessian import Hessian
-from ptq.calibrate.observe import Observed, Observer, run_and_observe, token_weights
-from ptq.runtime.adapter import Adapter, Group, Layer, LayerPlan
+from ptq.calibrate.observe import Observed, Observer, token_weights
+from ptq.calibrate.passes import Passes
+from ptq.runtime.adapter import Group, Layer, LayerPlan
 from ptq.runtime.clock import phase
-from ptq.runtime.distributed import Ranks
 
 # Tokens an expert must have, as a part of its input columns, or it is calibrated on all.
 ENOUGH = 4
-
-
-@dataclass
-class Original:
-    """The layer as it was, what the original model puts into it, and a place for what comes out; `ran`: whether that is there."""
-
-    layer: Layer
-    hidden: Activations
-    output: Activations
-    ran: bool = False
-
-
-@dataclass
-class Stream:
-    """The calibration tokens on their way through the model.  `importance`: what each counts for, by the full name of a
-    group's first linear, (sequences, length); empty where all count the same.  `sequences`: of all `ranks`.
-    `all_tokens`: experts are calibrated on all tokens, not only on those routed to them."""
-
-    hidden: Activations
-    ranks: Ranks
-    sequences: int
-    importance: Mapping[str, Tensor] = field(default_factory=dict)
-    original: Original | None = None
-    all_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,26 +45,21 @@ def make_sums(layer: Layer, plan: LayerPlan, group: Group, *, drift: bool) -> Su
     return Sums(Hessian(linear.in_features, device=device), lost)
 
 
-def collect(
-    adapter: Adapter,
-    layer: Layer,
-    plan: LayerPlan,
-    groups: Sequence[Group],
-    owners: Sequence[Sequence[int]],
-    stream: Stream,
-) -> list[Sums]:
-    """The sums of each group from one pass of the tokens through the layer, added up over the ranks on those that solve it,
+def collect(passes: Passes, groups: Sequence[Group], owners: Sequence[Sequence[int]]) -> list[Sums]:
+    """The sums of each group, from the tokens on their way through the layer, added up over the ranks on those that solve it,
     its `owners`.
 
     An expert to which fewer tokens are routed than a quarter of its input columns is calibrated on all tokens instead, in
-    a second pass: H of so few says little, and nothing of most directions.
+    passes of their own: H of so few says little, and nothing of most directions.
     """
+    plan, stream = passes.plan, passes.stream
     experts = [group[0] for group in groups if group[0] in plan.experts]
-    sums = collect_from(adapter, layer, plan, groups, owners, stream, experts if stream.all_tokens else [])
+    sums = collect_from(passes, groups, owners, experts if stream.all_tokens else [])
     starved = [i for i, one in enumerate(sums) if is_starved(one, plan, groups[i][0])] if not stream.all_tokens else []
     if starved:
         some = [groups[i] for i in starved]
-        again = collect_from(adapter, layer, plan, some, [owners[i] for i in starved], stream, [group[0] for group in some])
+        alone = Passes(passes.adapter, passes.layer, plan, stream)
+        again = collect_from(alone, some, [owners[i] for i in starved], [group[0] for group in some])
         for i, whole in zip(starved, again, strict=True):
             sums[i] = replace(whole, routed=sums[i].hessian.tokens)
     return sums
@@ -99,20 +69,12 @@ def is_starved(sums: Sums, plan: LayerPlan, name: str) -> bool:
     return name in plan.experts and sums.hessian.tokens < len(sums.hessian.sum) // ENOUGH
 
 
-def collect_from(
-    adapter: Adapter,
-    layer: Layer,
-    plan: LayerPlan,
-    groups: Sequence[Group],
-    owners: Sequence[Sequence[int]],
-    stream: Stream,
-    on_all: list[str],
-) -> list[Sums]:
+def collect_from(passes: Passes, groups: Sequence[Group], owners: Sequence[Sequence[int]], on_all: Sequence[str]) -> list[Sums]:
     """The same, with the experts `on_all` seeing all tokens."""
-    ranks = stream.ranks
+    plan, stream, ranks = passes.plan, passes.stream, passes.stream.ranks
     partial: list[tuple[int, list[Sums]]] = []  # a tree of sums: two of the same height become one of the next
     for part in [[one] for one in stream.hidden.groups] if ranks.deterministic else [stream.hidden.groups]:
-        new = 0, collect_part(adapter, layer, plan, groups, part, stream, on_all)
+        new = 0, collect_part(passes, groups, part, on_all)
         while partial and partial[-1][0] == new[0]:
             height, before = partial.pop()
             new = height + 1, [merge(a, b) for a, b in zip(before, new[1], strict=True)]
@@ -140,24 +102,21 @@ def merge(sums: Sums, other: Sums) -> Sums:
     return sums
 
 
-def collect_part(
-    adapter: Adapter,
-    layer: Layer,
-    plan: LayerPlan,
-    groups: Sequence[Group],
-    part: list[slice],
-    stream: Stream,
-    on_all: Sequence[str] = (),
-) -> list[Sums]:
+def collect_part(passes: Passes, groups: Sequence[Group], part: list[slice], on_all: Sequence[str] = ()) -> list[Sums]:
     """The sums over some of the sequences.  The original, if it comes along, runs second, and its experts are asked for the
-    same tokens as those of the quantized model; its output is kept if it ran to the end of the layer."""
-    original = stream.original
+    same tokens as those of the quantized model."""
+    adapter, layer, plan, stream = passes.adapter, passes.layer, passes.plan, passes.stream
+    drift = stream.original is not None
     names = [group[0] for group in groups]
     mixture = any(name in plan.experts for name in names)
     sums: dict[str, Sums] = {}
 
+    def begin() -> None:
+        sums.update({group[0]: make_sums(layer, plan, group, drift=drift) for group in groups})
+
     def restart() -> None:
-        sums.update({group[0]: make_sums(layer, plan, group, drift=original is not None) for group in groups})
+        passes.clear()
+        begin()
 
     def add(ours: Observed, theirs: Observed | None, rows: slice) -> None:
         with phase("hessian"):
@@ -167,29 +126,24 @@ def collect_part(
                 observer.observe(ours, theirs, weights)
 
     def work(rows: slice) -> None:
-        states, ours = stream.hidden.load(rows), {}
-        every = torch.arange(states.shape[0] * states.shape[1], device=states.device)
+        every = torch.arange((rows.stop - rows.start) * stream.hidden.length, device=stream.hidden.device)
         watched = {expert_number(name): every for name in on_all}
         adapter.watch(layer, watched or None)
-        if original is None:
-            run_and_observe(adapter, layer, plan, names, states, lambda seen: add(seen, None, rows), streams=False)
-            return
-        run_and_observe(adapter, layer, plan, names, states, lambda seen: ours.update({seen.name: seen}), streams=True)
-        if mixture:
-            adapter.watch(original.layer, watched or adapter.routing(layer))
-        states = original.hidden.load(rows)
-        output = run_and_observe(
-            adapter, original.layer, plan, names, states, lambda seen: add(ours.pop(seen.name), seen, rows), streams=True
-        )
-        if output is not None and plan.output in names:
-            original.output.store(rows, output)
+        ours, *original = passes.take(rows)
+        seen: dict[str, Observed] = {}
+        keep, use = lambda one: seen.update({one.name: one}), lambda one: add(one, None, rows)
+        ours.observe(names, keep if drift else use, streams=drift)
+        for theirs in original:
+            if mixture:
+                adapter.watch(theirs.layer, watched or adapter.routing(layer))
+            theirs.observe(names, lambda one: add(seen.pop(one.name), one, rows), streams=True)
+        passes.put_back(rows, [ours, *original])
 
-    restart()
+    begin()
     each_batch(stream.hidden, "forward", work, groups=part, restart=restart)
     adapter.watch(layer, None)
-    if original:
-        adapter.watch(original.layer, None)
-        original.ran = plan.output in names
+    if stream.original:
+        adapter.watch(stream.original.layer, None)
     return list(sums.values())
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq.calibrate.activations import each_batch
-from ptq.calibrate.collect import Stream
 from ptq.calibrate.observe import Observed, run_and_observe
+from ptq.calibrate.passes import Stream
 from ptq.core.activations import ActivationFormat, global_scale_of
 from ptq.core.packing import Quantized
 from ptq.kernels.activations import fake_quantize

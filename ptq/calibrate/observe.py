@@ -1,14 +1,16 @@
-"""What observers of a layer's linears are told, and the pass that tells them."""
+"""What observers of a layer's linears are told, and the pass through the layer that tells them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq.runtime.adapter import Adapter, Layer, LayerPlan
-from ptq.runtime.hooks import observe_inputs
+from ptq.runtime.hooks import Forward, without_product
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,87 @@ def token_weights(importance: Mapping[str, Tensor], name: str, rows: slice, toke
     return weights if tokens is None else weights.flatten()[tokens.to(weights.device)]
 
 
+class LayerPass:
+    """Some sequences on their way through a layer: a pass that pauses when it has told what it was asked for, and goes on later.
+
+    `frozen`: the layer's weights will not change.  Those of linears that have been observed may, otherwise.
+    """
+
+    def __init__(self, adapter: Adapter, layer: Layer, plan: LayerPlan, hidden: Tensor, *, frozen: bool = False):
+        self.layer, self._plan, self._hidden = layer, plan, hidden
+        self._forward = Forward(partial(adapter.forward, layer, hidden), frozen=frozen)
+        self._before_last: tuple[Tensor, Tensor] | None = None
+        self._output: Tensor | None = None
+
+    @property
+    def can_finish(self) -> bool:
+        """Whether what has run so far is part of the layer's output: not where it ran to the end without a pause."""
+        return self._output is not None or self._before_last is not None or not self._forward.dead
+
+    def observe(self, names: Sequence[str], observe: Callable[[Observed], object], *, streams: bool) -> None:
+        """Goes on and calls observe for each of the linears `names`, which are in the order they run; with `streams` those that
+        write to the residual stream tell what is in it then.
+
+        The linear that makes the layer's output is run by itself: without it the layer gives the stream before it.
+        """
+        linears: dict[nn.Module, str] = {self.layer.linear(name): name for name in names}
+        output = self._plan.output if streams and self._plan.output in names else None
+        inputs: list[Tensor] = []
+
+        def see(linear: nn.Module, x: Tensor, tokens: Tensor | None, y: Tensor | None = None) -> None:
+            if linears[linear] == output:
+                inputs.append(x)
+                return
+            stream = None
+            if streams and linears[linear] in self._plan.residual:
+                stream = self._leave(self._hidden, linears[linear], x, y)
+            observe(Observed(linears[linear], x, stream, tokens))
+
+        last = [] if output else [self.layer.linear(name) for name in self._last_wave(names)]
+        if self._forward.frozen:
+            self._output = self._forward.observe(linears, see, last)
+            if output:
+                assert self._output is not None
+                observe(Observed(output, inputs[0], self._output))
+            return
+        skipped = self.layer.linear(output) if output else None
+        with without_product(skipped, inputs.append) if skipped else nullcontext():
+            stream = self._forward.observe([linear for linear in linears if linear is not skipped], see, last)
+        if output:
+            assert stream is not None
+            self._before_last = stream, inputs[0]
+            observe(Observed(output, inputs[0], self._leave(stream, output, inputs[0])))
+
+    def finish(self) -> Tensor:
+        """The layer's output."""
+        assert self.can_finish
+        if self._output is not None:
+            return self._output
+        if self._before_last is None:
+            output = self._forward.observe((), lambda *_: None)
+            assert output is not None
+            return output
+        assert self._plan.output
+        stream, x = self._before_last
+        return self._leave(stream, self._plan.output, x)
+
+    def close(self) -> None:
+        """Lets go of what it holds."""
+        self._forward.close()
+        self._output = self._before_last = None
+
+    def _leave(self, stream: Tensor, name: str, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The residual stream after the linear, whose input is x and whose output is y, added to it."""
+        linear, factor = self.layer.linear(name), self._plan.residual[name]
+        y = F.linear(x, linear.weight, linear.bias) if y is None else y
+        return stream + (y if factor == 1 else factor * y)
+
+    def _last_wave(self, names: Sequence[str]) -> list[str]:
+        """Those of the names that run last, which may be a mixture's experts."""
+        wave = next(wave for wave in self._plan.waves if any(names[-1] in group for group in wave))
+        return [name for name in names if any(name in group for group in wave)]
+
+
 def run_and_observe(
     adapter: Adapter,
     layer: Layer,
@@ -53,30 +136,10 @@ def run_and_observe(
     observe: Callable[[Observed], object],
     *,
     streams: bool,
-) -> Tensor | None:
-    """Runs the layer and calls observe for each of the linears `names`, which are in the order they run; with `streams`
-    those that write to the residual stream tell what is in it then.
-
-    Returns the layer's output, or None where the run ended with the last of them, whose product nobody needs.
-    """
-    linears: dict[nn.Module, str] = {layer.linear(name): name for name in names}
-    at_the_end = plan.output if streams and plan.output in names else None
-    waiting: list[Tensor] = []
-
-    def see(linear: nn.Module, x: Tensor, tokens: Tensor | None) -> None:
-        name = linears[linear]
-        if name == at_the_end:
-            waiting.append(x)
-            return
-        stream = None
-        if streams and name in plan.residual:
-            assert isinstance(linear, nn.Linear)
-            y, factor = F.linear(x, linear.weight, linear.bias), plan.residual[name]
-            stream = hidden + (y if factor == 1 else factor * y)
-        observe(Observed(name, x, stream, tokens))
-
-    last = None if at_the_end else layer.linear(names[-1])
-    output = observe_inputs(linears, see, last, lambda: adapter.forward(layer, hidden))
-    if at_the_end:
-        observe(Observed(at_the_end, waiting.pop(), output))
-    return output
+) -> None:
+    """Runs the layer as far as it must, and calls observe as `LayerPass` does."""
+    one = LayerPass(adapter, layer, plan, hidden)
+    try:
+        one.observe(names, observe, streams=streams)
+    finally:
+        one.close()

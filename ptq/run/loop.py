@@ -2,7 +2,7 @@
 
     for layer in adapter.layers():
         collect the sums of its groups of linears, wave by wave; solve each matrix; put the result in its place
-        run the quantized layer to get the next one's input
+        run the quantized layer to its end to get the next one's input
 
 One layer's Hessians are alive at a time, and layers are asked of the adapter one by one.  Where drift is made good
 (ptq.calibrate.drift), the original model's hidden states come along.
@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ptq.calibrate.activations import embed_all, propagate
-from ptq.calibrate.collect import Original, Stream, Sums, collect
+from ptq.calibrate.activations import embed_all
+from ptq.calibrate.collect import Sums, collect
 from ptq.calibrate.importance import TokenImportance
 from ptq.calibrate.inputs import Inputs, calibrate_inputs, quantized_inputs
+from ptq.calibrate.passes import Original, Passes, Stream
 from ptq.calibrate.validation import Validation
 from ptq.core.packing import Quantized
 from ptq.run.plan import GroupPlan, Matrix, Pass, Plan, make_plan
@@ -144,10 +145,8 @@ class LayerLoop:
         if calibration.validation is not None:
             batch = self.stream.hidden.batch if self.stream else len(calibration.validation)
             self.validation = Validation(adapter, calibration.validation, batch)
-        self.beside = None
-        if self.stream and plan.drift:
-            hidden = self.stream.hidden
-            self.beside = hidden.copy(on_host), hidden.empty_like(on_host)
+        self.beside = self.stream.hidden.copy(on_host) if self.stream and plan.drift else None
+        self.passes: Passes | None = None
         self.original: Layer | None = None
         self.inputs: Inputs = {}
 
@@ -155,16 +154,17 @@ class LayerLoop:
         """Keeps the layer as it is before it is quantized, where that is needed."""
         if self.beside or self.validation:
             self.original = replace(layer, module=copy.deepcopy(layer.module))
-        if self.stream and self.beside:
-            assert self.original
-            self.stream.original = Original(self.original, *self.beside)
+        if self.stream:
+            if self.beside:
+                assert self.original
+                self.stream.original = Original(self.original, self.beside)
+            wave_by_wave = len(self.plan.passes[layer.index]) > 1
+            self.passes = Passes(self.adapter, layer, self.plan.layers[layer.index], self.stream, keep=wave_by_wave)
 
     def restore(self, layer: Layer, restore: Restore) -> None:
         """Makes the layer what it was after it had been quantized."""
         assert self.stream
         self.stream.hidden.batch, self.inputs = restore(layer)
-        if self.stream.original:
-            self.stream.original.hidden.batch = self.stream.hidden.batch
         self.validate(layer)
 
     def quantize(self, layer: Layer) -> LayerResult:
@@ -183,11 +183,11 @@ class LayerLoop:
         known = [replace(one, validation_error=errors.get(one.name)) for one in result.records]
         return replace(result, records=known, batch=self.stream.hidden.batch if self.stream else 0)
 
-    def collect(self, layer: Layer, plan: LayerPlan, groups: Pass, shards: Shards) -> Sequence[Sums | None]:
-        """Of each group, from a pass of the tokens through the layer; None on a rank that solves nothing of it."""
-        if self.stream is None:
+    def collect(self, _layer: Layer, _plan: LayerPlan, groups: Pass, shards: Shards) -> Sequence[Sums | None]:
+        """Of each group, from the tokens on their way through the layer; None without any."""
+        if self.passes is None:
             return [None] * len(groups)
-        return collect(self.adapter, layer, plan, [group.names for group in groups], owners_of(groups, shards), self.stream)
+        return collect(self.passes, [group.names for group in groups], owners_of(groups, shards))
 
     def solve(self, layer: Layer, groups: Pass, sums: list[Sums | None], shards: Shards, result: LayerResult) -> None:
         """Solves the matrices, each rank its rows, and puts the results into the linears of every rank."""
@@ -251,18 +251,11 @@ class LayerLoop:
 
     def advance(self, layer: Layer) -> None:
         """The layer's input becomes its output, in both models."""
-        with phase("forward"):
-            if self.stream:
-                with quantized_inputs(layer.module, self.inputs):
-                    propagate(self.adapter, layer, self.stream.hidden, "forward")
-            original = self.stream.original if self.stream else None
-            if original and original.ran:
-                self.beside = original.output, original.hidden
-            elif original:
-                propagate(self.adapter, original.layer, original.hidden, "forward")
-            if self.stream:
-                self.stream.original = None
-        self.original = None
+        if self.stream and self.passes:
+            with phase("forward"), quantized_inputs(layer.module, self.inputs):
+                self.passes.finish()
+            self.stream.original = None
+        self.passes = self.original = None
 
 
 def open_stream(adapter: Adapter, calibration: Calibration, ranks: Ranks, on_host: bool | None) -> Stream:

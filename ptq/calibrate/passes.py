@@ -1,0 +1,105 @@
+"""The calibration tokens' passes through one layer, which go on from wave to wave.
+
+    for wave in the layer's waves:
+        each batch runs on until the wave's linears have been observed, and pauses
+        the wave is quantized
+
+So a layer is run once for all its waves, and in the original once more.  A paused pass holds what its layer's code holds then:
+of a Llama layer at most the residual stream and the input of down_proj.  Where there is no memory for that a pass is let go,
+and runs again from the layer's input; the result is the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ptq.calibrate.activations import Activations, each_batch
+from ptq.calibrate.observe import LayerPass
+from ptq.runtime.adapter import Adapter, Layer, LayerPlan
+from ptq.runtime.distributed import Ranks
+from ptq.runtime.memory import free_share
+
+# Of the device's memory, what paused passes leave to the sums and the solve of a wave.
+RESERVE = 0.4
+
+
+@dataclass
+class Original:
+    """The layer as it was, and what the original model puts into it."""
+
+    layer: Layer
+    hidden: Activations
+
+
+@dataclass
+class Stream:
+    """The calibration tokens on their way through the model.  `importance`: what each counts for, by the full name of a
+    group's first linear, (sequences, length); empty where all count the same.  `sequences`: of all `ranks`.
+    `all_tokens`: experts are calibrated on all tokens, not only on those routed to them."""
+
+    hidden: Activations
+    ranks: Ranks
+    sequences: int
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+    original: Original | None = None
+    all_tokens: bool = False
+
+
+class Passes:
+    """Of the stream's sequences through the layer and, where drift is made good, through the original's.
+
+    `keep`: whether they are kept until they have ended; what ran before a pause must not change later, so the layer has to be
+    quantized wave by wave then.
+    """
+
+    def __init__(self, adapter: Adapter, layer: Layer, plan: LayerPlan, stream: Stream, *, keep: bool = False):
+        self.adapter, self.layer, self.plan, self.stream = adapter, layer, plan, stream
+        self._keep = keep
+        self._paused: dict[tuple[int, int], list[LayerPass]] = {}
+        self._batch = stream.hidden.batch
+
+    def take(self, rows: slice) -> list[LayerPass]:
+        """That of the quantized model, and that of the original if it comes along; new ones if none was kept."""
+        if self._batch != self.stream.hidden.batch:
+            self.clear()
+        return self._paused.pop((rows.start, rows.stop), None) or self._begin(rows)
+
+    def put_back(self, rows: slice, passes: list[LayerPass]) -> None:
+        """To go on later, if they can and there is memory for it."""
+        device = self.stream.hidden.device
+        if self._keep and all(one.can_finish for one in passes) and free_share(device) > RESERVE:
+            self._paused[rows.start, rows.stop] = passes
+        else:
+            close(passes)
+
+    def clear(self) -> None:
+        """All begin again."""
+        for passes in self._paused.values():
+            close(passes)
+        self._paused.clear()
+        self._batch = self.stream.hidden.batch
+
+    def finish(self) -> None:
+        """The layer's input becomes its output, in both models."""
+        original = self.stream.original
+        states = [self.stream.hidden, original.hidden] if original else [self.stream.hidden]
+
+        def work(rows: slice) -> None:
+            outputs = [one.finish() for one in self.take(rows)]
+            for hidden, output in zip(states, outputs, strict=True):
+                hidden.store(rows, output)
+
+        each_batch(self.stream.hidden, "forward", work)
+
+    def _begin(self, rows: slice) -> list[LayerPass]:
+        passes = [LayerPass(self.adapter, self.layer, self.plan, self.stream.hidden.load(rows))]
+        original = self.stream.original
+        if original:
+            passes.append(LayerPass(self.adapter, original.layer, self.plan, original.hidden.load(rows), frozen=True))
+        return passes
+
+
+def close(passes: list[LayerPass]) -> None:
+    for one in passes:
+        one.close()
