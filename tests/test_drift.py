@@ -10,7 +10,7 @@ import torch
 
 from ptq.calibrate.drift import Drift
 from ptq.calibrate.hessian import Hessian
-from ptq.calibrate.observe import Observed, run_and_observe
+from ptq.calibrate.observe import LayerPass, Observed
 from ptq.calibrate.validation import Validation
 from ptq.models.adapter import ModelAdapter
 from ptq.models.families import FAMILIES
@@ -33,7 +33,7 @@ def problem(d_in: int = 12, d_out: int = 7, count: int = 300):
 
 def sums(x, seen, gap, weights, W, parts: int = 3):
     """Of a linear that writes to the stream if there is a gap in it."""
-    lost = x - seen if gap is None else (x - seen) @ W.T + gap
+    lost = x - seen if gap is None else x @ W.T + gap
     hessian, drift = Hessian(x.shape[1]), Drift(x.shape[1], stream=None if gap is None else len(W))
     for rows in torch.arange(len(x)).chunk(parts):
         hessian.add(seen[rows], weights[rows])
@@ -57,10 +57,13 @@ def test_target_is_the_ridge_regression_of_what_the_original_had(stream):
     assert torch.allclose(T.double(), W + added, atol=2e-5)
 
 
-def test_no_drift_changes_no_bit_and_half_of_it_half_as_much():
+def test_no_drift_changes_nothing_and_half_of_it_half_as_much():
     W, x, seen, gap, weights = (part.float() for part in problem())
-    hessian, drift = sums(seen, seen, torch.zeros_like(gap), weights, W)
+    hessian, drift = sums(seen, seen, None, weights, W)
     assert torch.equal(drift.target(W, hessian.mean(), hessian.weight, strength=1.0, ridge=0.1), W)
+    hessian, drift = sums(seen, seen, torch.zeros_like(gap), weights, W)
+    T = drift.target(W, hessian.mean(), hessian.weight, strength=1.0, ridge=0.1)
+    assert torch.allclose(T, W, atol=2e-5)  # two float32 sums over 300 tokens, one of outputs, one of inputs
     hessian, drift = sums(x, seen, gap, weights, W)
     whole, half = (drift.target(W, hessian.mean(), hessian.weight, strength=s, ridge=0.1) for s in (1.0, 0.5))
     assert torch.allclose(half - W, (whole - W) / 2, atol=1e-6)
@@ -92,19 +95,24 @@ def test_the_writers_outputs_are_what_they_leave_in_the_stream(family):
         first = plan.groups[0][0]
         together = observed(adapter, layer, [first, *plan.residual], hidden)
         for local, after in zip(plan.residual, (between[0], output), strict=False):  # a mixture's experts are no writers
-            alone = observed(adapter, layer, [local], hidden)
-            assert torch.equal(alone[local].x, together[local].x)
-            for seen in (alone, together):
-                stream = seen[local].stream
-                assert stream is not None and torch.equal(stream, after)
+            alone, frozen = (observed(adapter, layer, [local], hidden, frozen=frozen) for frozen in (False, True))
+            assert torch.equal(alone[local].x, together[local].x) and torch.equal(frozen[local].x, alone[local].x)
+            assert torch.equal(frozen[local].stream, after)
+            y = layer.linear(local)(alone[local].x)
+            for seen in (alone, together):  # b + W x added to what the linear's bias alone leaves
+                W, factor = layer.linear(local).weight, plan.residual[local]
+                assert torch.allclose(seen[local].stream + factor * (alone[local].x @ W.T), after, atol=1e-6)
+                if layer.linear(local).bias is None:
+                    assert torch.equal(seen[local].stream + (factor * y if factor != 1 else y), after)
     handle.remove()
     assert list(together) == [first, *plan.residual] and together[first].stream is None
 
 
-def observed(adapter, layer, names, hidden) -> dict[str, Observed]:
+def observed(adapter, layer, names, hidden, *, frozen: bool = False) -> dict[str, Observed]:
     seen: dict[str, Observed] = {}
-    plan = adapter.plan(layer)
-    run_and_observe(adapter, layer, plan, names, hidden, lambda one: seen.update({one.name: one}), streams=True)
+    one = LayerPass(adapter, layer, adapter.plan(layer), hidden, frozen=frozen)
+    one.observe(names, lambda one: seen.update({one.name: one}), streams=True)
+    one.close()
     return seen
 
 

@@ -21,10 +21,10 @@ from ptq.core.linalg import NotPositiveDefiniteError, damped
 
 
 class Drift:
-    """Sum over calibration tokens, weighted as those of H, of what was lost times x̂ᵀ (d_in).
+    """Sum over calibration tokens, weighted as those of H, of what is to be made good times x̂ᵀ (d_in).
 
-    Lost is x - x̂ of the inputs (d_in, d_in), shared by the linears of a group, or with `stream` y - ŷ of the one linear that
-    adds to the stream (stream, d_in), `factor` times its output.
+    That is x - x̂ of the inputs (d_in, d_in), shared by the linears of a group, or with `stream` y - ĥ of the one linear that
+    adds `factor` times its output to the stream (stream, d_in): W x̂ x̂ᵀ, which C lacks, is known from H.
     """
 
     def __init__(self, d_in: int, *, stream: int | None = None, factor: float = 1.0, device: torch.device | str = "cpu"):
@@ -66,8 +66,9 @@ class Drift:
         A dead input (zero row of H) is left as it is: no token says anything about it.
         Raises NotPositiveDefiniteError where H + ridge has no Cholesky factor.
         """
-        C = self.sum[rows] if self.of_outputs else W @ self.sum
+        weight = weight.float()
+        C = self.sum[rows] / weight - W @ H if self.of_outputs else W @ self.sum / weight
         factor, info = torch.linalg.cholesky_ex(damped(H, ridge))
         if int(info):
             raise NotPositiveDefiniteError(f"H + ridge {ridge} is not positive definite (pivot {int(info)} of {len(H)})")
-        return W + strength / weight.float() * torch.cholesky_solve(C.T, factor).T
+        return W + strength * torch.cholesky_solve(C.T, factor).T

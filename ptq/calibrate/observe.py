@@ -15,8 +15,8 @@ from ptq.runtime.hooks import Forward, without_product
 
 @dataclass(frozen=True)
 class Observed:
-    """Input x (..., d_in) of the linear `name`, and what it leaves in the residual stream (..., d), if it writes to it and
-    that was asked for.  `tokens`: which of the batch's tokens these are, None for all."""
+    """Input x (..., d_in) of the linear `name` and, if it writes to the residual stream and that was asked for, the stream
+    (..., d): after it in a pass that is frozen, else without W x.  `tokens`: which of the batch's tokens, None for all."""
 
     name: str
     x: Tensor
@@ -65,7 +65,7 @@ class LayerPass:
 
     def observe(self, names: Sequence[str], observe: Callable[[Observed], object], *, streams: bool) -> None:
         """Goes on and calls observe for each of the linears `names`, which are in the order they run; with `streams` those that
-        write to the residual stream tell what is in it then.
+        write to the residual stream tell what is in it.
 
         The linear that makes the layer's output is run by itself: without it the layer gives the stream before it.
         """
@@ -77,25 +77,25 @@ class LayerPass:
             if linears[linear] == output:
                 inputs.append(x)
                 return
-            stream = None
-            if streams and linears[linear] in self._plan.residual:
-                stream = self._leave(self._hidden, linears[linear], x, y)
+            stream = (
+                self._stream(self._hidden, linears[linear], y) if streams and linears[linear] in self._plan.residual else None
+            )
             observe(Observed(linears[linear], x, stream, tokens))
 
         last = [] if output else [self.layer.linear(name) for name in self._last_wave(names)]
-        if self._forward.frozen:
-            self._output = self._forward.observe(linears, see, last)
-            if output:
-                assert self._output is not None
-                observe(Observed(output, inputs[0], self._output))
-            return
-        skipped = self.layer.linear(output) if output else None
+        skipped = None if output is None or self._forward.frozen else self.layer.linear(output)
         with without_product(skipped, inputs.append) if skipped else nullcontext():
-            stream = self._forward.observe([linear for linear in linears if linear is not skipped], see, last)
+            end = self._forward.observe([linear for linear in linears if linear is not skipped], see, last)
+        if skipped:
+            assert end is not None and output
+            self._before_last = end, inputs[0]
+            observe(Observed(output, inputs[0], self._stream(end, output, None)))
+            return
         if output:
-            assert stream is not None
-            self._before_last = stream, inputs[0]
-            observe(Observed(output, inputs[0], self._leave(stream, output, inputs[0])))
+            assert end is not None
+            observe(Observed(output, inputs[0], end))
+        if self._forward.frozen:
+            self._output = end
 
     def finish(self) -> Tensor:
         """The layer's output."""
@@ -108,18 +108,20 @@ class LayerPass:
             return output
         assert self._plan.output
         stream, x = self._before_last
-        return self._leave(stream, self._plan.output, x)
+        linear = self.layer.linear(self._plan.output)
+        return self._stream(stream, self._plan.output, F.linear(x, linear.weight, linear.bias))
 
     def close(self) -> None:
         """Lets go of what it holds."""
         self._forward.close()
         self._output = self._before_last = None
 
-    def _leave(self, stream: Tensor, name: str, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The residual stream after the linear, whose input is x and whose output is y, added to it."""
-        linear, factor = self.layer.linear(name), self._plan.residual[name]
-        y = F.linear(x, linear.weight, linear.bias) if y is None else y
-        return stream + (y if factor == 1 else factor * y)
+    def _stream(self, before: Tensor, name: str, y: Tensor | None) -> Tensor:
+        """The residual stream after the linear, whose output is y; without y, what it is with the linear's bias alone."""
+        y, factor = self.layer.linear(name).bias if y is None else y, self._plan.residual[name]
+        if y is None:
+            return before
+        return before + (y if factor == 1 else factor * y)
 
     def _last_wave(self, names: Sequence[str]) -> list[str]:
         """Those of the names that run last, which may be a mixture's experts."""

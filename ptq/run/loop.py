@@ -19,6 +19,7 @@ from ptq.calibrate.activations import embed_all
 from ptq.calibrate.collect import Sums, collect
 from ptq.calibrate.importance import TokenImportance
 from ptq.calibrate.inputs import Inputs, calibrate_inputs, quantized_inputs
+from ptq.calibrate.norms import fused_norms
 from ptq.calibrate.passes import Original, Passes, Stream
 from ptq.calibrate.validation import Validation
 from ptq.core.packing import Quantized
@@ -100,13 +101,14 @@ def quantize_layers(
     loop = LayerLoop(adapter, plan, calibration, ranks or Ranks(), on_host, sums_of)
     first = 0 if loop.stream else finished
     for layer in adapter.layers(range(first, len(adapter.names))):
-        loop.begin(layer)
-        if layer.index < finished:
-            assert restore
-            loop.restore(layer, restore)
-        else:
-            yield loop.quantize(layer)
-        loop.advance(layer)
+        with fused_norms(layer.module):
+            loop.begin(layer)
+            if layer.index < finished:
+                assert restore
+                loop.restore(layer, restore)
+            else:
+                yield loop.quantize(layer)
+            loop.advance(layer)
 
 
 def check_calibration(plan: Plan, calibration: Calibration, sums_of: SumsOf | None) -> None:
