@@ -11,6 +11,8 @@ computations".
 import torch
 from torch import Tensor
 
+from ptq.core.linalg import add_product
+
 # Piece of the left and of the right operand in each product, smallest products first.
 PRODUCTS = ((2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0))
 
@@ -26,13 +28,14 @@ def pieces(A: Tensor) -> list[Tensor]:
 
 
 def subtract_product(C: Tensor, A: Tensor, B: Tensor) -> None:
-    """C (m, n) -= A (m, k) B (k, n), in place, all float32; on a GPU by bfloat16 pieces."""
+    """C (..., m, n) -= A (..., m, k) B (..., k, n), in place, all float32; on a GPU by bfloat16 pieces."""
     if not C.is_cuda:
-        C.addmm_(A, B, alpha=-1)
+        add_product(C, A, B, alpha=-1)
         return
-    if C.shape[1] == 0:
+    if C.shape[-1] == 0:
         return
     left, right = pieces(A), pieces(B)
-    A = torch.cat([left[i] for i, _ in PRODUCTS], dim=1)
-    B = torch.cat([right[j] for _, j in PRODUCTS], dim=0)
-    torch.addmm(C, A, B, alpha=-1, out_dtype=torch.float32, out=C)
+    A = torch.cat([left[i] for i, _ in PRODUCTS], dim=-1)
+    B = torch.cat([right[j] for _, j in PRODUCTS], dim=-2)
+    add = torch.addmm if C.dim() == 2 else torch.baddbmm
+    add(C, A, B, alpha=-1, out_dtype=torch.float32, out=C)
