@@ -9,6 +9,8 @@ Scales are tried in chunks upwards from the absmax one, then downwards, to where
 beat the best loss so far.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -146,11 +148,19 @@ def choose_code(
 @triton.jit
 def block_kernel(
     x_ptr, v_ptr, d_ptr, m_ptr, c_ptr, q_ptr, scales_ptr, e_ptr, loss_ptr,
-    x_stride, q_stride, scales_stride, e_stride,
+    x_stride, q_stride, scales_stride, e_stride, v_matrix, d_matrix, m_matrix, c_matrix,
     K: tl.constexpr, LINES: tl.constexpr, STRIDE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """One row of a block: q, its scale and E are written, loss is added to."""
-    row = tl.program_id(0).to(tl.int64)
+    """One row of a block: q, its scale and E are written, loss is added to.
+
+    Of a batch of matrices, one below the other; …_matrix is how far what belongs to one is from that of the next.
+    """
+    matrix = tl.program_id(1).to(tl.int64)
+    v_ptr += matrix * v_matrix
+    d_ptr += matrix * d_matrix
+    m_ptr += matrix * m_matrix
+    c_ptr += matrix * c_matrix
+    row = matrix * tl.num_programs(0) + tl.program_id(0)
     k = tl.arange(0, K)[None, :]
     x = tl.load(x_ptr + row * x_stride + k)
     if RULE == "absmax":
@@ -186,15 +196,17 @@ def block_factors(H_blocks: Tensor, U_blocks: Tensor, rule: str) -> tuple[Tensor
 
 
 def launch_block(
-    x: Tensor, factors: tuple[Tensor, ...], q: Tensor, scales: Tensor, E: Tensor, loss: Tensor, format: Format, rule: str
+    x: Tensor, factors: Sequence[Tensor], q: Tensor, scales: Tensor, E: Tensor, loss: Tensor, format: Format, rule: str
 ) -> None:
-    """One block: q (r, k), scales (r, 1) and E (r, k) of x (r, k) are written, loss (r,) float64 is added to.
+    """One block: q (e, r, k), scales (e, r, 1) and E (e, r, k) of x (e, r, k) are written, loss (e, r) float64 is added to.
 
-    All float32 but loss; rows may be strided, columns must be adjacent.  `factors`: as `block_factors` gives, of this block.
+    All float32 but loss; rows may be strided, alike between matrices, columns must be adjacent.  `factors`: as `block_factors`
+    gives, (e, 1, …) of this block.
     """
     assert format.elements is INT4 and format.grid is BF16 and all(t.stride(-1) == 1 for t in (x, q, E))
+    assert all(t.stride(0) == t.shape[1] * t.stride(1) for t in (x, q, scales, E))
     kernel_rule = "quadratic" if rule in ("local", "schur") else rule
-    block_kernel[(x.shape[0],)](
-        x, *factors, q, scales, E, loss, x.stride(0), q.stride(0), scales.stride(0), E.stride(0),
+    block_kernel[(x.shape[1], x.shape[0])](
+        x, *factors, q, scales, E, loss, *(t.stride(1) for t in (x, q, scales, E)), *(t.stride(0) for t in factors),
         K=format.block, LINES=TILE // format.block, STRIDE=format.grid.stride, RULE=kernel_rule, num_warps=1,
     )  # fmt: skip

@@ -9,6 +9,8 @@ Scales are tried in chunks upwards, from a few below the smallest that clips not
 ptq.core.scales say that no other can beat the best loss so far.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -192,17 +194,26 @@ def subtract_errors(errors, x_pointers, u_pointers, first, width, inside, WIDTH:
 @triton.jit
 def panel_kernel(
     x_ptr, u_ptr, blocks_ptr, g_ptr, c_ptr, q_ptr, scales_ptr, e_ptr, loss_ptr, rows, width,
-    x_stride, u_stride, q_stride, scales_stride, e_stride,
+    x_stride, u_stride, q_stride, scales_stride, e_stride, u_matrix, blocks_matrix, g_matrix, c_matrix,
     K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, E4M3: tl.constexpr, ABSMAX: tl.constexpr,
     RULE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of a panel of `width` columns: x is updated in place, q, scales and E are written, loss is added to."""
+    """ROWS rows of a panel of `width` columns: x is updated in place, q, scales and E are written, loss is added to.
+
+    Of a batch of matrices of `rows` each, one below the other; …_matrix is how far what belongs to one is from that of the next.
+    """
     TRIANGLE: tl.constexpr = K * (K + 1) // 2
-    row_of = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    matrix = tl.program_id(1).to(tl.int64)
+    u_ptr += matrix * u_matrix
+    blocks_ptr += matrix * blocks_matrix
+    g_ptr += matrix * g_matrix
+    c_ptr += matrix * c_matrix
+    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_of = matrix * rows + own
     row = row_of[:, None]
     lane = tl.arange(0, CHUNK)[None, :]
     k = tl.arange(0, K)[None, :]
-    inside = row < rows
+    inside = own[:, None] < rows
     loss = tl.zeros([ROWS, CHUNK], tl.float64)
     x_pointers = chunks(x_ptr + row * x_stride, K, CHUNK)
     q_pointers = chunks(q_ptr + row * q_stride, K, CHUNK)
@@ -228,7 +239,7 @@ def panel_kernel(
         else:
             code = choose_code(x, amax, lane, u, inverses, block_ptr, g, g_ptr + b * TRIANGLE, c_ptr + b * K, CHUNK, E4M3, RULE)
             s = decode_scale(code + tl.zeros([ROWS, CHUNK], tl.int32), E4M3)
-        tl.store(scales_pointers, tl.max(s, axis=1), mask=row_of < rows)
+        tl.store(scales_pointers, tl.max(s, axis=1), mask=own < rows)
         if K == 16 and RULE != "joint":
             u = load_above_diagonal(block_ptr, K)
         q, E = round_with_feedback(x, s, u, inverses, block_ptr)
@@ -245,12 +256,12 @@ def panel_kernel(
         x_pointers, q_pointers, e_pointers = advance(x_pointers, K), advance(q_pointers, K), advance(e_pointers, K)
         e_tile += K
         scales_pointers += 1
-    total = tl.load(loss_ptr + row_of, mask=row_of < rows, other=0.0) + tl.max(loss, axis=1)
-    tl.store(loss_ptr + row_of, total, mask=row_of < rows)
+    total = tl.load(loss_ptr + row_of, mask=own < rows, other=0.0) + tl.max(loss, axis=1)
+    tl.store(loss_ptr + row_of, total, mask=own < rows)
 
 
 def block_factors(H_blocks: Tensor, U_blocks: Tensor, rule: str) -> tuple[Tensor, Tensor]:
-    """(G, c) for the panel kernel: packed factor of the rule's M (unused by `joint`), and √(M⁻¹)_ii."""
+    """(G, c) of blocks (b, k, k) for the panel kernel: packed factor of the rule's M (unused by `joint`), and √(M⁻¹)_ii."""
     if rule == "local":
         G, _, c = prepare(H_blocks)
     elif rule == "schur":
@@ -261,20 +272,23 @@ def block_factors(H_blocks: Tensor, U_blocks: Tensor, rule: str) -> tuple[Tensor
 
 
 def launch_panel(
-    x: Tensor, U: Tensor, U_blocks: Tensor, factors: tuple[Tensor, Tensor], q: Tensor, scales: Tensor, E: Tensor, loss: Tensor,
+    x: Tensor, U: Tensor, U_blocks: Tensor, factors: Sequence[Tensor], q: Tensor, scales: Tensor, E: Tensor, loss: Tensor,
     format: Format, rule: str,
 ) -> None:  # fmt: skip
-    """One panel: x (r, p) is updated in place, q (r, p), scales (r, p/block) and E (r, p) written, loss (r,) float64 added to.
+    """One panel: x (e, r, p) is updated in place, q (e, r, p), scales (e, r, p/block) and E (e, r, p) written, loss (e, r)
+    float64 added to.
 
-    All float32 but loss; rows may be strided, columns of all but U must be adjacent.  U (p, p): the panel's own.
+    All float32 but loss; rows may be strided, alike between matrices, columns of all but U must be adjacent.  U (e, p, p): the
+    panel's own.  U_blocks (e, p/block, block, block) and factors (e, p/block, …): of its blocks.
     """
-    assert all(t.stride(-1) == 1 for t in (x, q, scales, E)) and U_blocks.is_contiguous()
+    assert all(t.stride(-1) == 1 and t.stride(0) == t.shape[1] * t.stride(1) for t in (x, q, scales, E))
     U = U.contiguous()
     kernel_rule = "quadratic" if rule in ("local", "schur") else rule
     G, c = factors
-    panel_kernel[(triton.cdiv(x.shape[0], ROWS_PER_PROGRAM),)](
-        x, U, U_blocks, G, c, q, scales, E, loss, x.shape[0], x.shape[1],
-        x.stride(0), U.stride(0), q.stride(0), scales.stride(0), E.stride(0),
+    matrices, rows, width = x.shape
+    panel_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM), matrices)](
+        x, U, U_blocks, G, c, q, scales, E, loss, rows, width,
+        *(t.stride(1) for t in (x, U, q, scales, E)), *(t.stride(0) for t in (U, U_blocks, G, c)),
         K=format.block, ROWS=ROWS_PER_PROGRAM, CHUNK=CANDIDATES, WIDTH=COLUMNS_AT_ONCE, E4M3=format.grid is E4M3,
         ABSMAX=format.absmax.__name__, RULE=kernel_rule, num_warps=4,
     )  # fmt: skip

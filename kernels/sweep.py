@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq.core.formats import E2M1, Format
-from ptq.core.linalg import block_diagonal
+from ptq.core.linalg import add_product, block_diagonal
 from ptq.core.scales import check_rule
 from ptq.kernels import int4
 from ptq.kernels import panel as e2m1
@@ -16,46 +16,49 @@ from ptq.kernels.matmul import subtract_product
 def sweep(
     x: Tensor, A: Tensor, U: Tensor, format: Format, rule: str, panel: int, outer: int = 1024
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ptq.methods.gptq.sweep: values q (r, n), scales (r, n/block), Σ err² per row (r,) float64.
+    """As ptq.methods.gptq.sweep: values q (..., r, n), scales (..., r, n/block), Σ err² per row (..., r) float64.
 
-    x (r, n) float32, not changed.  A (n, n): damped Hessian.  U (n, n): its inverse factor.  Two levels: errors of a panel go
-    at once to the columns of its group of `outer`, and to those after the group in one matmul when the group is done: the same
-    sums, with fewer passes over x.  The panels of INT4 are single blocks.  Raises ValueError for an unknown rule or another dtype.
+    x (..., r, n) float32, not changed.  A (..., n, n): damped Hessian.  U (..., n, n): its inverse factor.  Two levels: errors
+    of a panel go at once to the columns of its group of `outer`, and to those after the group in one matmul when the group is
+    done: the same sums, with fewer passes over x.  The panels of INT4 are single blocks.  Raises ValueError for an unknown rule
+    or another dtype.
     """
     check_rule(rule, A, U)
     if x.dtype != torch.float32:
         raise ValueError(f"the GPTQ kernels are for float32, not {x.dtype}")
-    (rows, n), k = x.shape, format.block
+    (*batch, rows, n), k = x.shape, format.block
     panel = panel if format.elements is E2M1 else k
     run = launcher(A, U, format, rule)
     x = x.clone(memory_format=torch.contiguous_format)
-    q, scales = torch.empty_like(x), x.new_empty(rows, n // k)
-    loss = torch.zeros(rows, dtype=torch.float64, device=x.device)
+    q, scales = torch.empty_like(x), x.new_empty(*batch, rows, n // k)
+    loss = torch.zeros(*batch, rows, dtype=torch.float64, device=x.device)
     outer = max(panel, outer // panel * panel)
     for group in range(0, n, outer):
         end = min(group + outer, n)
-        E = x.new_empty(rows, end - group)
+        E = x.new_empty(*batch, rows, end - group)
         for start in range(group, end, panel):
             stop = min(start + panel, end)
             columns, blocks, own = slice(start, stop), slice(start // k, stop // k), slice(start - group, stop - group)
-            run(columns, blocks, x[:, columns], q[:, columns], scales[:, blocks], E[:, own], loss)
-            x[:, stop:end].addmm_(E[:, own], U[columns, stop:end], alpha=-1)
-        subtract_product(x[:, end:], E, U[group:end, end:])
+            run(columns, blocks, x[..., columns], q[..., columns], scales[..., blocks], E[..., own], loss)
+            add_product(x[..., stop:end], E[..., own], U[..., columns, stop:end], alpha=-1)
+        subtract_product(x[..., end:], E, U[..., group:end, end:])
     return q, scales, loss
 
 
 def launcher(A: Tensor, U: Tensor, format: Format, rule: str) -> Callable[..., None]:
     """run(columns, blocks, x, q, scales, E, loss) for one panel, given by its slices of columns and of blocks."""
-    H_blocks, U_blocks = block_diagonal(A, format.block), block_diagonal(U, format.block)
-    if format.elements is E2M1:
-        G, c = e2m1.block_factors(H_blocks, U_blocks, rule)
+    alone = U.dim() == 2
+    U = U[None] if alone else U
+    H_blocks, U_blocks = (block_diagonal(part, format.block).flatten(0, -3) for part in (A, U))
+    make = e2m1.block_factors if format.elements is E2M1 else int4.block_factors
+    U_blocks, *factors = (part.unflatten(0, (len(U), -1)) for part in (U_blocks, *make(H_blocks, U_blocks, rule)))
 
-        def run(columns: slice, blocks: slice, x: Tensor, *out: Tensor) -> None:
-            e2m1.launch_panel(x, U[columns, columns], U_blocks[blocks], (G[blocks], c[blocks]), *out, format, rule)
-    else:
-        factors = int4.block_factors(H_blocks, U_blocks, rule)
-
-        def run(columns: slice, blocks: slice, x: Tensor, *out: Tensor) -> None:
-            int4.launch_block(x, tuple(part[blocks] for part in factors), *out, format, rule)
+    def run(columns: slice, blocks: slice, *parts: Tensor) -> None:
+        x, *out = (part[None] for part in parts) if alone else parts
+        own = [part[:, blocks] for part in factors]
+        if format.elements is E2M1:
+            e2m1.launch_panel(x, U[:, columns, columns], U_blocks[:, blocks], own, *out, format, rule)
+        else:
+            int4.launch_block(x, own, *out, format, rule)
 
     return run

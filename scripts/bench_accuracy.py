@@ -31,8 +31,8 @@ from ptq.models.loading import load_model
 from ptq.run.loop import Calibration, quantize_model
 from ptq.run.plan import named_format
 from ptq.run.recipe import Recipe
+from ptq.run.record import Record
 from ptq.run.settings import make_recipe, settings_of
-from ptq.run.solve import Record
 from ptq.settings import VALIDATION_SEQUENCES
 
 FIELDS = (

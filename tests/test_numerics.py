@@ -284,7 +284,7 @@ def test_drift_of_nothing_is_nothing_and_any_is_finite(problem, strength, size):
     hessian.add(problem.X)
     drift.add(problem.X, size * problem.X.flip(0), None)
     assume(float(hessian.mean().diagonal().mean()) > 0)
-    statistics = Statistics(hessian.mean(), hessian.tokens, hessian.weight, drift)
+    statistics = Statistics(hessian.mean(), [hessian.tokens], hessian.weight, drift)
     T = drift_target(problem.W, Recipe(drift=strength), statistics, range(len(problem.W)))
     assert T.isfinite().all() and (size > 0 or torch.equal(T, problem.W))
     drift.sum[0, 0] = float("inf")

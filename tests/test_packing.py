@@ -31,10 +31,12 @@ def test_dequantized_weights_are_exact_in_bfloat16_for_float_formats(format):
     assert (W - Q).norm() < 0.15 * W.norm()
 
 
-def test_rows_share_the_tensor_scale():
-    W = torch.randn(8, 64)
-    quantized = rtn(W, None, NVFP4, rule="absmax", tensor_scale=choose_tensor_scale(W, NVFP4)).quantized
-    assert torch.equal(quantized.rows(2, 5).dequantize(), quantized.dequantize()[2:5])
+def test_rows_of_one_of_a_batch_share_its_tensor_scale():
+    W = torch.randn(3, 8, 64) * torch.tensor([1.0, 1e-3, 1e3])[:, None, None]
+    scales = torch.stack([choose_tensor_scale(one, NVFP4) for one in W])
+    quantized = rtn(W, None, NVFP4, rule="absmax", tensor_scale=scales).quantized
+    for number in range(3):
+        assert torch.equal(quantized.rows(number, 2, 5).dequantize(), quantized.dequantize()[number, 2:5])
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)

@@ -14,7 +14,7 @@ from ptq.models.adapter import ModelAdapter
 from ptq.run.loop import Calibration, quantize_model
 from ptq.run.plan import make_plan, with_block
 from ptq.run.recipe import Recipe
-from ptq.run.solve import CertificateError, LinearStats, certify
+from ptq.run.record import CertificateError, LinearStats, certify
 from ptq.runtime.hooks import observe_outputs
 
 from .tiny import tiny_model

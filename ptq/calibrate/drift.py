@@ -12,12 +12,16 @@ It holds of x̂ as it will be, so a stage's C and H are collected when the stage
 Collected all at once, each stage makes the same loss good, and more than half of it in each lets the model diverge.
 """
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ptq.calibrate.hessian import add_product, weighted
 from ptq.calibrate.observe import Observed
-from ptq.core.linalg import NotPositiveDefiniteError, damped
+from ptq.core.linalg import NotPositiveDefiniteError, damped, solve_from_right
+from ptq.kernels.matmul import product
 
 
 class Drift:
@@ -60,15 +64,24 @@ class Drift:
     def target(
         self, W: Tensor, H: Tensor, weight: Tensor, *, strength: float, ridge: float, rows: slice = slice(None)
     ) -> Tensor:
-        """T (r, d_in) float32 for W (r, d_in), these `rows` of the stage.  H: the mean, of `weight` in all.  `ridge` is relative
-        to mean(diag H).
+        """T (..., r, d_in) float32 for W (..., r, d_in), these `rows` of the stage.  H: the mean, of `weight` in all.  `ridge` is
+        relative to mean(diag H).
 
         A dead input (zero row of H) is left as it is: no token says anything about it.
         Raises NotPositiveDefiniteError where H + ridge has no Cholesky factor.
         """
-        weight = weight.float()
-        C = self.sum[rows] / weight - W @ H if self.of_outputs else W @ self.sum / weight
-        factor, info = torch.linalg.cholesky_ex(damped(H, ridge))
-        if int(info):
-            raise NotPositiveDefiniteError(f"H + ridge {ridge} is not positive definite (pivot {int(info)} of {len(H)})")
-        return W + strength * torch.cholesky_solve(C.T, factor).T
+        weight = weight.float()[..., None, None]
+        lost = (
+            product(W, self.sum) / weight if not self.of_outputs else self.sum[..., rows, :] / weight - product(W, H, pieces=3)
+        )
+        added, pivot = solve_from_right(lost, damped(H, ridge))
+        if pivot:
+            raise NotPositiveDefiniteError(f"H + ridge {ridge} is not positive definite (pivot {pivot} of {H.shape[-1]})")
+        return W + strength * added
+
+    @classmethod
+    def stack(cls, parts: Sequence["Drift"]) -> "Drift":
+        """Of several groups alike, side by side: only to ask for their targets."""
+        whole = copy.copy(parts[0])
+        whole.sum = torch.stack([part.sum for part in parts])
+        return whole

@@ -3,7 +3,7 @@
 H = mean over calibration tokens of x xᵀ.  "Hessian" is the field's word; the true one is twice this.  Sums are float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -101,6 +101,15 @@ class Hessian:
         """H in the memory of the sum, which is gone then; raises as `mean`."""
         self._check()
         return self.sum.div_(self.weight.float())
+
+    @staticmethod
+    def stack_means(parts: Sequence["Hessian"]) -> tuple[Tensor, Tensor]:
+        """(H (e, d_in, d_in), weights (e,)) of several; raises as `mean`, without saying of which."""
+        H, weights = torch.stack([part.sum for part in parts]), torch.stack([part.weight for part in parts])
+        sound = (weights > 0) & H.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+        if not all(part.tokens for part in parts) or not sound.all():
+            raise ValueError("no calibration tokens arrived, or non-finite ones")
+        return H.div_(weights.float()[:, None, None]), weights
 
     def merge(self, other: "Hessian") -> "Hessian":
         """Takes the other's tokens in, and returns itself."""

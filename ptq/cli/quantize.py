@@ -126,8 +126,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     from safetensors import SafetensorError
 
     from ptq.export.checkpoint import ReadBackError
+    from ptq.run.record import CertificateError
     from ptq.run.resume import unfinished_folder
-    from ptq.run.solve import CertificateError
     from ptq.runtime.stop import say_stopped, stoppable
 
     transformers.utils.logging.set_verbosity_error()

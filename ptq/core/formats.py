@@ -227,10 +227,15 @@ def choose_tensor_scale(W: Tensor, format: Format) -> Tensor:
 
     A power of two loses at most one of the fifteen binades of E4M3 at the small end and makes every product exact.
     """
-    one = torch.ones((), dtype=torch.float32, device=W.device)
+    return tensor_scale_of(W.abs().amax(), format)
+
+
+def tensor_scale_of(amax: Tensor, format: Format) -> Tensor:
+    """The same for tensors of which the largest magnitudes are known, float32 and of amax's shape."""
+    one = torch.ones(amax.shape, dtype=torch.float32, device=amax.device)
     if not format.tensor_scale:
         return one
-    largest = format.elements.saturation * scale_values(format.grid, W.device)[-1]
-    mantissa, exponent = torch.frexp(W.abs().amax().float() / largest)
+    largest = format.elements.saturation * scale_values(format.grid, amax.device)[-1]
+    mantissa, exponent = torch.frexp(amax.float() / largest)
     exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
     return torch.where(mantissa > 0, torch.ldexp(one, exponent.clamp(-100, 120)), one)

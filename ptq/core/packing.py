@@ -13,7 +13,8 @@ from ptq.core.formats import Format
 class Quantized:
     """A weight in few bits.
 
-    codes (..., d_in) uint8.  scales (..., d_in / block) float32, on the format's grid.  tensor_scale () float32.
+    codes (..., d_in) uint8.  scales (..., d_in / block) float32, on the format's grid.  tensor_scale () float32, or (e,) of
+    a batch of weights (e, d_out, d_in).
     `dim`: where the quantized dimension stood in the tensor; here it is the last.  `input_scale` () float32: the global
     scale of its linear's inputs, where their format has one (ptq.core.activations).
     """
@@ -29,11 +30,15 @@ class Quantized:
         """Q like the tensor that was quantized, float32 = value(code) · (scale · tensor_scale)."""
         table = torch.tensor(self.format.elements.values, device=self.codes.device)
         values = rearrange(table[self.codes.int()], "... (b k) -> ... b k", b=self.scales.shape[-1])
-        return rearrange(values * (self.scales * self.tensor_scale)[..., None], "... b k -> ... (b k)").movedim(-1, self.dim)
+        steps = self.scales * self.tensor_scale.view(
+            *self.tensor_scale.shape, *[1] * (self.scales.dim() - self.tensor_scale.dim())
+        )
+        return rearrange(values * steps[..., None], "... b k -> ... (b k)").movedim(-1, self.dim)
 
-    def rows(self, start: int, stop: int) -> "Quantized":
-        """Output rows start … stop - 1, sharing the tensor_scale."""
-        return Quantized(self.codes[start:stop], self.scales[start:stop], self.tensor_scale, self.format)
+    def rows(self, number: int, start: int, stop: int) -> "Quantized":
+        """Output rows start … stop - 1 of weight `number` of a batch, sharing its tensor_scale."""
+        own = slice(start, stop)
+        return Quantized(self.codes[number, own], self.scales[number, own], self.tensor_scale[number], self.format)
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ptq.core.formats import Elements, Format, scale_values
@@ -157,6 +158,11 @@ def choose_scales(x: Tensor, format: Format, rule: str, H: Tensor | None = None,
     rows = max(1, ELEMENTS_AT_ONCE // (CANDIDATES_AT_ONCE * x.shape[0] * x.shape[2]))
     objective = make(x, H, U)  # type: ignore[arg-type]  # a rule that ignores H or U takes None
     return torch.cat([search(part, objective, format) for part in x.split(rows, dim=1)], dim=1)
+
+
+def as_blocks(x: Tensor, block: int) -> Tensor:
+    """The column blocks (b, r, block) of x (..., r, n), those of all matrices of a batch one after the other."""
+    return rearrange(x, "... r (b k) -> ... b r k", k=block).flatten(0, -3)
 
 
 def check_rule(rule: str, H: Tensor | None, U: Tensor | None = None) -> None:

@@ -25,9 +25,9 @@ from ptq.pipeline.source import Source
 from ptq.run.job import Job
 from ptq.run.loop import Calibration, quantize_model
 from ptq.run.recipe import Recipe
+from ptq.run.record import Record
 from ptq.run.resume import Unfinished
 from ptq.run.settings import base_recipe
-from ptq.run.solve import Record
 from ptq.settings import Settings, command
 
 VERIFY_TOKENS = 128

@@ -11,6 +11,7 @@ One layer's Hessians are alive at a time, and layers are asked of the adapter on
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,16 +24,16 @@ from ptq.calibrate.norms import fused_norms
 from ptq.calibrate.passes import Original, Passes, Stream
 from ptq.calibrate.validation import Validation
 from ptq.core.packing import Quantized
-from ptq.run.plan import GroupPlan, Matrix, Pass, Plan, make_plan
+from ptq.run.batch import Batch, Shards, batches_of, owners_of
+from ptq.run.plan import Matrix, Pass, Plan, make_plan
 from ptq.run.recipe import Recipe, Rules
-from ptq.run.solve import Record, SolvedRows, Statistics, gather_matrix, make_record, solve_matrix
+from ptq.run.record import Record, make_record
+from ptq.run.solve import SolvedRows, gather, solve_matrices, take_statistics
 from ptq.runtime.adapter import Adapter, Layer, LayerPlan
 from ptq.runtime.checks import check_float32
 from ptq.runtime.clock import phase
 from ptq.runtime.distributed import Ranks, shard_rows
 
-Shards = list[list[range]]
-"""For each matrix and rank, the rows it solves."""
 SumsOf = Callable[[Layer, LayerPlan, Pass, Shards], Sequence[Sums | None]]
 Restore = Callable[[Layer], tuple[int, Inputs]]
 
@@ -193,54 +194,72 @@ class LayerLoop:
 
     def solve(self, layer: Layer, groups: Pass, sums: list[Sums | None], shards: Shards, result: LayerResult) -> None:
         """Solves the matrices, each rank its rows, and puts the results into the linears of every rank."""
-        work = iter(shards)
-        solved: list[tuple[Matrix, list[range], SolvedRows | None]] = []
-        for i, group in enumerate(groups):
-            own, sums[i] = sums[i], None
-            shard_of = [next(work) for _ in group.matrices]
-            solved += self.solve_group(layer, group, own, shard_of)
+        solved: list[tuple[Batch, list[SolvedRows | None]]] = []
+        for batch in batches_of(groups, shards):
+            own = [sums[number] for number in batch.numbers]
+            for number in batch.numbers:
+                sums[number] = None
+            solved.append((batch, self.solve_batch(layer, batch, own)))
             del own
+        found: dict[tuple[int, int], list[tuple[Record, Quantized]]] = {}
+        for batch, parts in solved:
+            for place, rows in enumerate(parts):
+                matrices = [group.matrices[place] for group in batch.groups]
+                each = self.put_in_place(layer, matrices, rows, batch.shards[place])
+                found |= {(number, place): linears for number, linears in zip(batch.numbers, each, strict=True)}
+        for key in sorted(found):
+            for record, weight in found[key]:
+                result.records.append(record)
+                result.quantized[record.name] = weight
+
+    def put_in_place(
+        self, layer: Layer, matrices: Sequence[Matrix], solved: SolvedRows | None, shard: list[range]
+    ) -> list[list[tuple[Record, Quantized]]]:
+        """The linears of a batch of matrices become what ranks made of them.  Of each matrix, what is known of its linears."""
         with phase("communicate"):
-            found = []
-            for matrix, shard, rows in solved:
-                like = layer.linear(matrix.names[0]).weight
-                found.append((matrix, *gather_matrix(matrix, like, rows, shard, self.ranks)))
-        for matrix, whole, stats, facts in found:
-            Q, start = whole.dequantize(), 0
-            for name, row in zip(matrix.names, stats, strict=True):
+            like = layer.linear(matrices[0].names[0]).weight
+            whole, stats, facts = gather(matrices[0], len(matrices), like, solved, shard, self.ranks)
+        Q = whole.dequantize()
+        found = []
+        for number, matrix in enumerate(matrices):
+            found.append([])
+            start = 0
+            for name, row in zip(matrix.names, stats[number], strict=True):
                 linear, full = layer.linear(name), layer.full_name(name)
                 stop = start + linear.out_features
-                linear.weight.copy_(Q[start:stop])
-                result.records.append(make_record(full, linear, row, facts, matrix.recipe))
-                result.quantized[full] = self.stored(whole.rows(start, stop), name, matrix.recipe)
+                linear.weight.copy_(Q[number, start:stop])
+                record = make_record(full, linear, row, facts[number], matrix.recipe)
+                found[-1].append((record, self.stored(whole.rows(number, start, stop), name, matrix.recipe)))
                 start = stop
+        return found
 
     def stored(self, weight: Quantized, name: str, recipe: Recipe) -> Quantized:
         """With what a checkpoint says of the inputs of the linear `name`."""
         scale = self.inputs[name].global_scale if name in self.inputs else None
         return replace(weight, format=recipe.stored, input_scale=scale)
 
-    def solve_group(
-        self, layer: Layer, group: GroupPlan, sums: Sums | None, shards: Shards
-    ) -> list[tuple[Matrix, list[range], SolvedRows | None]]:
-        """This rank's rows of the group's matrices; the sums are used up."""
-        own = [shard[self.ranks.rank] for shard in shards]
-        names = ", ".join(layer.full_name(name) for matrix in group.matrices for name in matrix.names)
-        solved: list[SolvedRows | None] = []
+    def solve_batch(self, layer: Layer, batch: Batch, sums: list[Sums | None]) -> list[SolvedRows | None]:
+        """This rank's rows of the matrices of each group, one matrix of all after the other; the sums are used up."""
+        own = [shard[self.ranks.rank] for shard in batch.shards]
+        known = [one for one in sums if one]
         try:
-            statistics = take_statistics(sums) if sums and any(own) else None
-            for matrix, rows in zip(group.matrices, own, strict=True):
-                linears = {layer.full_name(name): layer.linear(name) for name in matrix.names}
-                solved.append(solve_matrix(matrix, linears, statistics, self.curvature, rows, self.ranks) if rows else None)
+            statistics = take_statistics(known) if known and any(own) else None
+            solved: list[SolvedRows | None] = []
+            for matrices, rows in zip(zip(*(group.matrices for group in batch.groups), strict=True), own, strict=True):
+                linears = [{layer.full_name(name): layer.linear(name) for name in matrix.names} for matrix in matrices]
+                solve = partial(solve_matrices, matrices[0], linears, statistics, self.curvature, rows, self.ranks)
+                solved.append(solve() if rows else None)
         except ValueError as error:
-            raise type(error)(f"{names}: {error}") from None
+            for one, its in zip(batch.alone(), sums, strict=False):  # which it was, it says by itself
+                self.solve_batch(layer, one, [its])
+            raise type(error)(f"{batch.names(layer)}: {error}") from None
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             raise torch.OutOfMemoryError(
-                f"out of memory in phase 'solve' of {names}, for matrices of {group.matrices[0].d_in}²; set "
+                f"out of memory in phase 'solve' of {batch.names(layer)}, for matrices of {batch.groups[0].matrices[0].d_in}²; set "
                 f"--hidden-states host, or leave this group to more memory with --ignore ({reason})"
             ) from error
-        return list(zip(group.matrices, shards, solved, strict=True))
+        return solved
 
     def validate(self, layer: Layer) -> dict[str, float]:
         """By full name, how far each linear's outputs are off on the validation sequences."""
@@ -266,15 +285,3 @@ def open_stream(adapter: Adapter, calibration: Calibration, ranks: Ranks, on_hos
     hidden = embed_all(adapter, calibration.batches, on_host, ranks.local_groups(sequences))
     importance = {name: torch.cat(parts) for name, parts in (calibration.importance or {}).items()}
     return Stream(hidden, ranks, sequences, importance, all_tokens=calibration.all_tokens)
-
-
-def owners_of(groups: Pass, shards: Shards) -> list[list[int]]:
-    """The ranks that solve some rows of each group."""
-    work = iter(shards)
-    by_group = [[next(work) for _ in group.matrices] for group in groups]
-    return [[rank for rank in range(len(shards[0])) if any(shard[rank] for shard in of_group)] for of_group in by_group]
-
-
-def take_statistics(sums: Sums) -> Statistics:
-    """In the memory of the sums, which are gone then."""
-    return Statistics(sums.hessian.take_mean(), sums.hessian.tokens, sums.hessian.weight, sums.drift, sums.routed)

@@ -29,7 +29,7 @@ from ptq.export.checkpoint import Formats, check_layer, layer_tensors, restore_l
 from ptq.export.files import save_tensors, save_text, sync
 from ptq.export.layout import Layout
 from ptq.run.loop import LayerResult
-from ptq.run.solve import Record
+from ptq.run.record import Record
 from ptq.runtime.adapter import Layer
 from ptq.runtime.distributed import Ranks
 

@@ -20,7 +20,7 @@ from ptq.core.packing import Quantized
 from ptq.run.loop import Calibration, Shards, SumsOf, quantize_layers
 from ptq.run.plan import Pass, make_plan
 from ptq.run.recipe import Recipe, Rules
-from ptq.run.solve import Record
+from ptq.run.record import Record
 from ptq.runtime.adapter import Adapter, Layer, LayerPlan
 from ptq.runtime.hooks import observe_inputs
 
