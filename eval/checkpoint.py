@@ -1,8 +1,6 @@
 """Any checkpoint that transformers loads, quantized or not, for evaluation; and what it takes on disk."""
 
-import json
 import math
-import struct
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from ptq.export.index import header
 from ptq.models.configuration import one_line
 from ptq.models.families import FAMILIES
 from ptq.models.loading import check_fit, locate, weight_arguments
@@ -99,10 +98,11 @@ def bits_per_weight(model: nn.Module, files: Sequence[Path]) -> float | None:
     stored: dict[str, int] = {}
     for path in files:
         if path.suffix == ".safetensors":
-            for name, size in tensor_bytes(path).items():
+            for name, about in header(path).items():
                 linear, _, part = name.rpartition(".")
                 if part != "bias":
-                    stored[linear] = stored.get(linear, 0) + size
+                    begin, end = about["data_offsets"]
+                    stored[linear] = stored.get(linear, 0) + end - begin
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     shapes = {
         name: (int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
@@ -120,13 +120,3 @@ def gguf_bits(path: Path) -> float:
 
     linears = [tensor for tensor in GGUFReader(path).tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2]
     return 8 * sum(int(tensor.n_bytes) for tensor in linears) / sum(int(tensor.n_elements) for tensor in linears)
-
-
-def tensor_bytes(path: Path) -> dict[str, int]:
-    """Bytes of each tensor, from the header: 8 bytes with its length, then JSON."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    return {
-        name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
-    }

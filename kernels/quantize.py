@@ -1,8 +1,7 @@
-"""Block quantize, pack, unpack and dequantize: each one pass over memory.
+"""Block quantize, and pack in the same pass over memory.
 
-The reference of each is plain torch: ptq.core.formats (absmax rules, round, encode), ptq.core.packing
-(pack, unpack, Quantized).  Two
-things are defined here that torch leaves open: a NaN weight counts as 0, an infinite one as the largest there is.
+The reference is plain torch: ptq.core.formats (absmax rules, round, encode), ptq.core.packing.  Two things are defined here that
+torch leaves open: a NaN weight counts as 0, an infinite one as the largest there is.
 """
 
 import torch
@@ -12,17 +11,7 @@ from torch import Tensor
 
 from ptq.core.formats import E4M3, Format
 from ptq.kernels.pairs import block_scale, encode_pairs, is_exact, largest_magnitude, twice
-from ptq.kernels.rounding import (
-    absmax_scale,
-    decode_e2m1,
-    decode_scale,
-    encode_e2m1,
-    encode_scale,
-    in_units,
-    quantize_e2m1,
-    quotient,
-    round_e2m1,
-)
+from ptq.kernels.rounding import absmax_scale, encode_e2m1, encode_scale, in_units, quantize_e2m1, quotient, round_e2m1
 
 WEIGHTS_PER_PROGRAM = 4096
 # One a thread.
@@ -36,7 +25,7 @@ def larger_or_nan(a, b):
 
 @triton.jit
 def quantize_tile(
-    w_ptr, tensor_scale, scales_ptr, out_ptr, products_ptr, block, inside, blocks_per_row, row_stride, column_stride,
+    w_ptr, tensor_scale, scales_ptr, out_ptr, block, inside, blocks_per_row, row_stride, column_stride,
     K: tl.constexpr, BLOCKS: tl.constexpr, E4M3: tl.constexpr, ABSMAX: tl.constexpr, OUT: tl.constexpr, ZERO: tl.constexpr,
     FLAT: tl.constexpr,
 ):  # fmt: skip
@@ -79,24 +68,22 @@ def quantize_tile(
         tl.store(out_ptr + place, encode_e2m1(q).to(tl.uint8), mask=inside[:, None])
     else:
         tl.store(out_ptr + place, q, mask=inside[:, None])
-        if OUT == "products":
-            tl.store(products_ptr + place, q * (s * tensor_scale)[:, None], mask=inside[:, None])
 
 
 @triton.jit
 def quantize_kernel(
-    w_ptr, tensor_scale_ptr, scales_ptr, out_ptr, products_ptr, blocks_per_row, total, row_stride, column_stride,
+    w_ptr, tensor_scale_ptr, scales_ptr, out_ptr, blocks_per_row, total, row_stride, column_stride,
     K: tl.constexpr, BLOCKS: tl.constexpr, E4M3: tl.constexpr, ABSMAX: tl.constexpr, OUT: tl.constexpr, ZERO: tl.constexpr,
     FLAT: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of a matrix, numbered along its rows.  ABSMAX names the rule, or is None and float32 scales are read.
 
-    OUT: `packed` (two codes a byte; scales stored as codes), `codes` (uint8), `values` (float32), `products` (values, and times
-    their scale).  FLAT: the matrix is contiguous.
+    OUT: `packed` (two codes a byte; scales stored as codes), `codes` (uint8), `values` (float32).  FLAT: the
+    matrix is contiguous.
     """
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     quantize_tile(
-        w_ptr, tl.load(tensor_scale_ptr), scales_ptr, out_ptr, products_ptr, block, block < total, blocks_per_row, row_stride,
+        w_ptr, tl.load(tensor_scale_ptr), scales_ptr, out_ptr, block, block < total, blocks_per_row, row_stride,
         column_stride, K, BLOCKS, E4M3, ABSMAX, OUT, ZERO, FLAT,
     )  # fmt: skip
 
@@ -118,20 +105,18 @@ def quantize_pairs_kernel(
         tl.store(out_ptr + place, encode_pairs(x, twice(s * tensor_scale)[:, None]).to(tl.uint8), mask=inside[:, None])
     else:
         quantize_tile(
-            w_ptr, tensor_scale, scales_ptr, out_ptr, out_ptr, block, inside, 1, K, 1,
-            K, BLOCKS, E4M3, ABSMAX, "packed", False, True,
+            w_ptr, tensor_scale, scales_ptr, out_ptr, block, inside, 1, K, 1, K, BLOCKS, E4M3, ABSMAX, "packed", False, True,
         )  # fmt: skip
 
 
 def quantize_blocks(
     W: Tensor, format: Format, tensor_scale: Tensor, *, scales: Tensor | None = None, out: str = "packed", zero: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(scales (r, n/block), result, products) of W (r, n): round to nearest under the format's absmax scales or those given.
+) -> tuple[Tensor, Tensor]:
+    """(scales (r, n/block), result) of W (r, n): round to nearest under the format's absmax scales or those given.
 
     W: float32, bfloat16 or float16, any strides.  tensor_scale: () float32 on W's device.  scales: float32, contiguous.
     out: `packed` -> result (r, n/2) uint8, and scales as stored (float8_e4m3fn or uint8) if chosen here;
-    `codes` -> (r, n) uint8;
-    `values` -> (r, n) float32 in units of scale · tensor_scale; `products` -> values, and the dequantized weights as the third.
+    `codes` -> (r, n) uint8; `values` -> (r, n) float32 in units of scale · tensor_scale.
     zero: blocks of zeros report scale 0 (float32 scales only).
     Raises ValueError for elements other than E2M1 or a width that the block does not divide.
     """
@@ -141,11 +126,8 @@ def quantize_blocks(
     absmax = None if scales is not None else format.absmax.__name__
     stored = format.grid.dtype if out == "packed" else torch.float32
     scales = W.new_empty((rows, blocks), dtype=stored) if scales is None else scales.contiguous()
-    width, dtype = (
-        (columns // 2, torch.uint8) if out == "packed" else (columns, torch.uint8 if out == "codes" else torch.float32)
-    )
-    result = W.new_empty((rows, width), dtype=dtype)
-    products = torch.empty_like(result) if out == "products" else None
+    width = columns // 2 if out == "packed" else columns
+    result = W.new_empty((rows, width), dtype=torch.float32 if out == "values" else torch.uint8)
     total = rows * blocks
     stores = scales.view(torch.uint8) if stored.itemsize == 1 and absmax else scales
     if out == "packed" and absmax and takes_pairs(W):
@@ -156,10 +138,10 @@ def quantize_blocks(
     else:
         tile = WEIGHTS_PER_PROGRAM // format.block
         quantize_kernel[(triton.cdiv(total, tile),)](
-            W, tensor_scale, stores, result, result if products is None else products, blocks, total, W.stride(0), W.stride(1),
+            W, tensor_scale, stores, result, blocks, total, W.stride(0), W.stride(1),
             K=format.block, BLOCKS=tile, E4M3=format.grid is E4M3, ABSMAX=absmax, OUT=out, ZERO=zero, FLAT=W.is_contiguous(),
         )  # fmt: skip
-    return scales, result, products
+    return scales, result
 
 
 def takes_pairs(W: Tensor) -> bool:
@@ -174,64 +156,3 @@ def check(W: Tensor, format: Format) -> None:
         raise ValueError(f"these kernels round to E2M1; format {format.name!r} has {format.elements.name} elements")
     if W.dim() != 2 or W.shape[1] % format.block:
         raise ValueError(f"a weight (d_out, d_in) with d_in divisible by {format.block} is needed, not {tuple(W.shape)}")
-
-
-@triton.jit
-def unpack_kernel(packed_ptr, codes_ptr, total, SIZE: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    byte = tl.load(packed_ptr + at, mask=at < total, other=0).to(tl.int32)
-    pair = tl.join(byte & 15, byte >> 4)
-    place = at[:, None] * 2 + tl.arange(0, 2)[None, :]
-    tl.store(codes_ptr + place, pair.to(tl.uint8), mask=(at < total)[:, None])
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """Bytes (..., n/2) -> codes (..., n) uint8: the low nibble is the even column."""
-    packed = packed.contiguous()
-    codes = packed.new_empty((*packed.shape[:-1], 2 * packed.shape[-1]))
-    unpack_kernel[(triton.cdiv(packed.numel(), 4096),)](packed, codes, packed.numel(), SIZE=4096)
-    return codes
-
-
-@triton.jit
-def pack_kernel(codes_ptr, packed_ptr, total, SIZE: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    place = at[:, None] * 2 + tl.arange(0, 2)[None, :]
-    low, high = tl.split(tl.load(codes_ptr + place, mask=(at < total)[:, None], other=0).to(tl.int32))
-    tl.store(packed_ptr + at, (low | (high << 4)).to(tl.uint8), mask=at < total)
-
-
-def pack(codes: Tensor) -> Tensor:
-    """Codes (..., n) uint8 -> bytes (..., n/2), the inverse of `unpack`.  Raises ValueError where n is odd."""
-    if codes.shape[-1] % 2:
-        raise ValueError(f"cannot pack an odd number of codes: shape {tuple(codes.shape)}")
-    codes = codes.contiguous()
-    packed = codes.new_empty((*codes.shape[:-1], codes.shape[-1] // 2))
-    pack_kernel[(triton.cdiv(packed.numel(), 4096),)](codes, packed, packed.numel(), SIZE=4096)
-    return packed
-
-
-@triton.jit
-def dequantize_kernel(
-    packed_ptr, scales_ptr, tensor_scale_ptr, out_ptr, total, K: tl.constexpr, BLOCKS: tl.constexpr, E4M3: tl.constexpr
-):
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    inside = block < total
-    half = block[:, None] * (K // 2) + tl.arange(0, K // 2)[None, :]
-    byte = tl.load(packed_ptr + half, mask=inside[:, None], other=0).to(tl.int32)
-    s = decode_scale(tl.load(scales_ptr + block, mask=inside, other=1).to(tl.int32), E4M3) * tl.load(tensor_scale_ptr)
-    values = tl.join(decode_e2m1(byte & 15), decode_e2m1(byte >> 4))
-    out = tl.reshape(values * s[:, None, None], (BLOCKS, K))
-    place = block[:, None] * K + tl.arange(0, K)[None, :]
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
-
-
-def dequantize(packed: Tensor, scales: Tensor, tensor_scale: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
-    """Q (r, n) in `dtype` from bytes (r, n/2) and stored scales (r, n/block): value(code) · (scale · tensor_scale)."""
-    packed, scales = packed.contiguous(), scales.contiguous()
-    Q = packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=dtype)
-    tile = WEIGHTS_PER_PROGRAM // format.block
-    dequantize_kernel[(triton.cdiv(scales.numel(), tile),)](
-        packed, scales.view(torch.uint8), tensor_scale, Q, scales.numel(), K=format.block, BLOCKS=tile, E4M3=format.grid is E4M3
-    )
-    return Q

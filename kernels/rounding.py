@@ -55,13 +55,6 @@ def encode_e2m1(q):
 
 
 @triton.jit
-def decode_e2m1(code):
-    """E2M1 value (float32) of codes 0 … 15 (int32)."""
-    magnitude = ((code & 7) << 22).to(tl.float32, bitcast=True) * (1.0 / E2M1_BIAS)
-    return tl.where(code > 8, -magnitude, magnitude)
-
-
-@triton.jit
 def decode_scale(code, E4M3: tl.constexpr):
     """Scale (float32) of a stored code: E4M3 codes 1 … 126, else E8M0 codes 1 … 254."""
     if E4M3:

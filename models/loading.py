@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -146,9 +146,7 @@ def fetch(source: str) -> str:
 
 def weight_arguments(extra: dict[str, str]) -> dict[str, Any]:
     """What from_pretrained needs besides the place: for a GGUF file, the order to unpack it where transformers would not."""
-    if "gguf_file" in extra and hasattr(transformers, "GgufConfig"):
-        return {**extra, "quantization_config": transformers.GgufConfig(dequantize=True)}
-    return dict(extra)
+    return {**extra, "quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in extra else dict(extra)
 
 
 def locate(source: str) -> tuple[str, dict[str, str]]:

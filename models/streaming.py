@@ -13,6 +13,7 @@ from ptq.models.families import family_of
 from ptq.runtime.adapter import Layer
 from ptq.runtime.checks import check_finite
 from ptq.runtime.clock import phase
+from ptq.runtime.heartbeat import may_wait
 
 Read = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Tensors by their names in the checkpoint; called from another thread than the one that uses them."""
@@ -53,7 +54,7 @@ class StreamingAdapter(ModelAdapter):
         with ThreadPoolExecutor(1) as reader:
             following: Future | None = None
             for position, index in enumerate(waiting):
-                with phase("load"):
+                with phase("load"), may_wait():
                     tensors = (following or self._begin(reader, index)).result()
                     following = self._begin(reader, waiting[position + 1]) if position + 1 < len(waiting) else None
                     self._unload()
@@ -100,7 +101,7 @@ class StreamingAdapter(ModelAdapter):
         """Puts tensors outside of the layers into the skeleton."""
         missing = [name for name in names if name not in self._loaded]
         if missing:
-            with phase("load"):
+            with phase("load"), may_wait():
                 fill(self.model, {name: name for name in missing}, self._to_device(self._read(missing)))
             self._loaded |= set(missing)
             self.tie()

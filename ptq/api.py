@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ptq.export.files import check_output
 from ptq.pipeline.calibration import Given
 from ptq.pipeline.run import GivenRules, run
-from ptq.run.summary import summary
+from ptq.run.summary import scores_of, summary
 from ptq.settings import Settings
 
 
@@ -34,7 +34,7 @@ class Report:
 
     @property
     def scores(self) -> dict[str, dict[str, Any]]:
-        return {name: value for name, value in self.content.items() if isinstance(value, dict) and "ppl" in value}
+        return scores_of(self.content)
 
     def to_pandas(self) -> Any:
         """`linears` as a DataFrame, a row a linear.  Raises ImportError without pandas."""

@@ -1,5 +1,7 @@
 """The functional API of qwantize 0.1.1, drop-in: the same names, arguments and returns, with searches that are exact.
 
+A tensor on a GPU goes through Triton kernels, so that qwantize's Triton functions are here the same ones by another name.
+
 Every function takes W whose dimension `dim` is one block (16 or 32 weights), and returns (scales, quants), with
 `return_dequant=True` also the dequantized tensor: scales float32 with `dim` removed, quants the signed E2M1 values like W,
 dequant = quants · scales · tensor_scale.
@@ -20,6 +22,7 @@ from torch import Tensor
 from ptq.calibrate.hessian import add_blocks
 from ptq.core.formats import MXFP4, NVFP4, Format
 from ptq.core.scales import choose_scales
+from ptq.kernels import quantize, search
 
 Result = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
@@ -124,13 +127,36 @@ def quantize_blocks(
     format = replace(format, block=check_block(W, dim))
     if not torch.isfinite(W).all():
         raise ValueError("W holds non-finite values")
-    blocks = W.float().movedim(dim, -1) / tensor_scale
-    x = rearrange(blocks.reshape(-1, format.block), "(r b) k -> b r k", b=1 if H is None else len(H))
-    scales = rearrange(choose_scales(x, format, rule, H), "b r -> (r b)").reshape(blocks.shape[:-1])
-    quants = format.elements.round(blocks / scales[..., None]) + 0.0  # turns -0 into 0
-    if format.tensor_scale:
-        scales = torch.where((blocks == 0).all(-1), 0.0, scales)  # as qwantize reports an all-zero block
-    quants = quants.movedim(-1, dim)
+    last = W.movedim(dim, -1)
+    x = last.reshape(-1, format.block * (1 if H is None else len(H)))
+    how = by_kernels if W.is_cuda else by_torch
+    scales, quants = how(x, format, rule, H, torch.as_tensor(tensor_scale, dtype=torch.float32, device=W.device))
+    scales, quants = scales.reshape(last.shape[:-1]), quants.reshape(last.shape).movedim(-1, dim)
     if not return_dequant:
         return scales, quants
     return scales, quants, nvfp4_dequantize(scales, quants, dim, tensor_scale=tensor_scale)
+
+
+def by_torch(x: Tensor, format: Format, rule: str, H: Tensor | None, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(scales (r, n/block), quants (r, n)) of x (r, n); blocks of zeros report scale 0 for NVFP4, as in qwantize."""
+    blocks = rearrange(x.float() / tensor_scale, "r (b k) -> b r k", k=format.block)
+    scales = choose_scales(blocks, format, rule, H)
+    quants = format.elements.round(blocks / scales[..., None]) + 0.0  # turns -0 into 0
+    if format.tensor_scale:
+        scales = torch.where((blocks == 0).all(-1), 0.0, scales)
+    return rearrange(scales, "b r -> r b"), rearrange(quants, "b r k -> r (b k)")
+
+
+def by_kernels(x: Tensor, format: Format, rule: str, H: Tensor | None, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The same on a GPU, in two passes over x."""
+    prepared = None if H is None else search.prepare(H)
+    scales = None if rule == "absmax" else search.search_scales(x, format, tensor_scale, prepared)
+    return quantize.quantize_blocks(x, format, tensor_scale, scales=scales, out="values", zero=format.tensor_scale)
+
+
+nvfp4_naive_triton = nvfp4_naive
+nvfp4_optimal_triton = nvfp4_optimal
+nvfp4_optimal_hessian_triton = nvfp4_optimal_hessian
+mxfp4_naive_triton = mxfp4_naive
+mxfp4_optimal_triton = mxfp4_optimal
+mxfp4_optimal_hessian_triton = mxfp4_optimal_hessian

@@ -47,6 +47,8 @@ CHOICES = {
 CASES = ("rtn-absmax-none", "rtn-local-none", "gptq-absmax-none", "gptq-mse-none", "gptq-local-none", "default")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 OF_THE_MACHINE = ("device", "resume", "batch", "hidden_states")
+# Fields that say nothing of the method: texts are known by their tokens, `recipe` by its rules, `block` by what comes of it.
+OF_THE_TEXT = ("calibration", "sequences", "length", "validation", "evaluate", "windows")
 LEAST = {"sequences": 1, "windows": 1, "length": 2, "batch": 1, "validation": 0}
 
 
@@ -95,6 +97,10 @@ class Settings:
                 raise ValueError(f"{name} {value}: too few, give {least} or more")
         if self.recipe and (self.format, self.activations, self.block) != ("nvfp4", "none", None):
             raise ValueError("recipe says formats and activations by linear; leave out format, block and activations")
+
+    def but(self, *left_out: str) -> dict[str, Any]:
+        """By name, the fields that are not left out."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
 
     def complete(self) -> "Settings":
         """The same with every choice made that effort, method and text leave open."""

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ptq.core.formats import E4M3, INT4_G128, MXFP4, NVFP4, choose_tensor_scale, scale_values
 from ptq.core.linalg import damped, inverse_factor
-from ptq.kernels import functional, hessian, quantize, search
+from ptq.functional import nvfp4_optimal_hessian
+from ptq.kernels import hessian, quantize, search
 from ptq.kernels.sweep import sweep
 
 ROWS, COLUMNS, TOKENS = 4096, 14336, 8192
@@ -141,7 +142,7 @@ def memory_cases(rows: int, columns: int, tokens: int) -> Iterator[Case]:
     yield "block_hessian", "qwantize", inputs, "bfloat16", read, lambda: qwantize_hessians(X)
     whole = read + W.numel() * (4 + 4) / BYTES_PER_MS + W.numel() * (9 * 19.5 + 8 * 12) / LANES_PER_MS
     F = blocks.float()
-    for provider, call in (("ptq", functional.nvfp4_optimal_hessian_triton), ("qwantize", nvfp4_optimal_hessian_triton)):
+    for provider, call in (("ptq", nvfp4_optimal_hessian), ("qwantize", nvfp4_optimal_hessian_triton)):
         yield "drop_in_hessian", provider, f"{shape}x{tokens}", "float32", whole, lambda call=call: call(F, X=X)
     H = torch.zeros(columns, columns, device="cuda")
     product = 2 * tokens * columns**2 / BF16_PER_MS

@@ -17,11 +17,15 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import closing
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import transformers
+from random_model import SHAPES, random_adapter, shape_config
 from transformers import PretrainedConfig
 
 from ptq.calibrate.activations import default_batch
@@ -29,12 +33,11 @@ from ptq.core.formats import get_format
 from ptq.cost.estimate import floor_seconds
 from ptq.cost.shape import operations, shape_of
 from ptq.export.compressed_tensors import CompressedTensors
-from ptq.models.random import SHAPES, random_adapter, shape_config
 from ptq.run.job import Job, do_layers
 from ptq.run.plan import make_plan
 from ptq.run.resume import Unfinished
 from ptq.run.settings import make_recipe
-from ptq.runtime.clock import Clock, timed
+from ptq.runtime.clock import Timestamp, now, seconds_between, timed
 from ptq.runtime.distributed import Ranks, init_process_group
 from ptq.settings import DRIFTS, EFFORTS, IMPORTANCES, VALIDATION_SEQUENCES
 
@@ -45,6 +48,39 @@ FIELDS = (
     *("seconds_total", *(f"{phase}_s" for phase in PHASES), "peak_gpu_gb", "peak_host_gb", "floor_seconds", "tflops"),
     *("gpu", "commit"),
 )
+
+
+class Clock:
+    """Seconds by phase.  A phase inside a phase is not counted in the outer one."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._open: list[str] = []
+        self._marks: list[tuple[str | None, Timestamp]] = []
+
+    def mark(self) -> None:
+        """From now on the time belongs to the innermost phase that is open."""
+        self._marks.append((self._open[-1] if self._open else None, now(self._device)))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._open.append(name)
+        self.mark()
+        try:
+            yield
+        finally:
+            self._open.pop()
+            self.mark()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase so far; waits for the GPU."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        totals: dict[str, float] = defaultdict(float)
+        for (name, begin), (_, end) in pairwise(self._marks):
+            if name is not None:
+                totals[name] += seconds_between(begin, end)
+        return dict(totals)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -112,7 +148,7 @@ def measure(args: argparse.Namespace, ranks: Ranks) -> dict:
         ranks.all_gather_object(None)
         clock = Clock(job.device)
         begin = time.perf_counter()
-        with timed(clock):
+        with timed(clock.phase):
             run(job, ranks, place / "whole")
         if on_gpu:
             torch.cuda.synchronize()

@@ -161,17 +161,19 @@ def vanished(bench: Any, faults: int, draw: random.Random) -> Counter:
     return found
 
 
+def damaged(good: bytes, draw: random.Random, *, cut: bool) -> tuple[bytes, int]:
+    """A model's file cut short, or with a bit of it turned; and where."""
+    at = draw.randrange(len(good))
+    return (good[:at] if cut else good[:at] + bytes([good[at] ^ 1 << draw.randrange(8)]) + good[at + 1 :]), at
+
+
 def shards(bench: Any, faults: int, draw: random.Random) -> Counter:
     """The model's file is cut short, or a bit of it turned, before a run or before its --resume: refused, or another model."""
     output, found, path = bench.folder / "shards", Counter(), bench.model / "model.safetensors"
     good = path.read_bytes()
     _, whole = bench.reference()
     for fault in range(faults):
-        bad, at = bytearray(good), draw.randrange(len(good))
-        if fault % 2:
-            bad[at] ^= 1 << draw.randrange(8)
-        else:
-            del bad[at:]
+        bad, at = damaged(good, draw, cut=not fault % 2)
         if fault % 4 > 1:  # a run is killed, and the model is another when it is gone on with
             child, _ = bench.start(bench.command(output))
             time.sleep(0.7 * whole)
@@ -199,9 +201,7 @@ def changed(bench: Any, faults: int, draw: random.Random) -> Counter:
     good = path.read_bytes()
     expected, whole = bench.reference()
     for fault in range(faults):
-        bad, at = bytearray(good), draw.randrange(len(good))
-        bad[at] ^= 1 << draw.randrange(8)
-        bad = bad[:at] if fault % 2 else bad
+        bad, at = damaged(good, draw, cut=fault % 2 == 1)
         child, told = bench.start(bench.command(output))
         time.sleep(draw.uniform(0, whole))
         path.write_bytes(bad)

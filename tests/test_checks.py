@@ -18,9 +18,6 @@ from ptq.runtime.checks import check_float32
 from .conftest import ROOT
 from .tiny import tiny_model
 
-NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-newer = pytest.mark.skipif(not NEW, reason="needs torch 2.9")
-
 
 def cuda_tf32() -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -42,8 +39,8 @@ def highest() -> Iterator[None]:
         lambda: torch.set_float32_matmul_precision("high"),
         lambda: torch.set_float32_matmul_precision("medium"),
         lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
-        pytest.param(cuda_tf32, marks=newer),
-        pytest.param(cpu_bfloat16, marks=newer),
+        cuda_tf32,
+        cpu_bfloat16,
     ],
     ids=["high", "medium", "allow_tf32", "cuda", "cpu"],
 )

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch.distributed import TCPStore
 
 from ptq.export.checkpoint import shard_name
 from ptq.runtime.distributed import Ranks, assign, shard_rows
-from ptq.runtime.heartbeat import heartbeat
+from ptq.runtime.heartbeat import heartbeat, may_wait
 
 from .conftest import ROOT
 from .processes import process_of_rank
@@ -38,6 +39,7 @@ def prepare(folder: Path) -> list[str]:
     (folder / "text0.txt").write_text(TEXT)
     (folder / "text1.txt").write_text(TEXT[::-1])
     common = ["--calibration", str(folder / "text0.txt"), "--sequences", "9", "--length", "32", "--device", "cpu"]
+    common += ["--rule", "mse"]  # whose search takes least
     return [str(folder / "model"), *common, "--output"]
 
 
@@ -126,7 +128,7 @@ def test_a_silent_rank_is_named(monkeypatch, tmp_path, alive):
     child = os.fork()
     if child == 0:
         sys.stderr = (tmp_path / "said").open("w")
-        with heartbeat(0, 2, interval=0.05, silence=1.0):
+        with heartbeat(0, 2, interval=0.05, silence=1.0), may_wait():
             time.sleep(3)
         os._exit(0)
     ended = (0, 0)
@@ -138,6 +140,49 @@ def test_a_silent_rank_is_named(monkeypatch, tmp_path, alive):
     assert os.waitstatus_to_exitcode(ended[1]) == (0 if alive else 1)
     said = (tmp_path / "said").read_text()
     assert said == ("" if alive else "error on rank 0: rank 1 has been silent for 1 s; it is dead, stopped or cut off\n")
+
+
+def locked() -> None:
+    lock = threading.Lock()
+    for _ in range(2):
+        lock.acquire(timeout=8)
+
+
+def waits() -> None:
+    with may_wait():
+        time.sleep(3)
+
+
+def compiles() -> None:
+    subprocess.run(["sleep", "3"], check=True)
+
+
+def solves() -> None:
+    """One call after the other that takes long and gives nothing away."""
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        torch.linalg.eigvalsh(torch.eye(600) + torch.ones(600, 600))
+
+
+@pytest.mark.parametrize("work", [locked, waits, compiles, solves])
+def test_a_rank_that_hangs_names_itself_and_says_where(monkeypatch, tmp_path, work):
+    """In a fork, beside a rank that has ended; long work and waiting for others are no hanging."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    store.set("heartbeat 1", "done")
+    child = os.fork()
+    if child == 0:
+        sys.stderr = (tmp_path / "said").open("w")
+        with heartbeat(0, 2, interval=0.05, silence=1.0):
+            work()
+        os._exit(0)
+    code, said = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), (tmp_path / "said").read_text()
+    if work is locked:
+        assert code == 1 and said.startswith("error on rank 0: rank 0 has done nothing for 1 s; it hangs here:\n")
+        assert "lock.acquire(timeout=8)" in said
+    else:
+        assert (code, said) == (0, "")
 
 
 @pytest.mark.parametrize("sequences", [8, 13, 128])

@@ -10,14 +10,13 @@ import torch
 from ptq.cost.estimate import floor_seconds, memory, seconds
 from ptq.cost.shape import operations, shape_of
 from ptq.export.files import existing_parent
-from ptq.models.random import random_adapter, shape_config
 from ptq.run.plan import make_plan
 from ptq.run.recipe import Recipe
 from ptq.run.settings import DRIFTS
 
 from .conftest import ROOT
 from .test_script import main  # noqa: F401  # a fixture
-from .tiny import TEXT, save_tiny
+from .tiny import TEXT, random_model, save_tiny
 
 ROWS = list(csv.DictReader((ROOT / "benchmarks" / "models.csv").open()))
 # (Two GPUs with drift at 72251fa: before the rows of a stage were shared.)
@@ -31,7 +30,7 @@ NAMED = ("commit", "shape", "layers", "sequences", "gpus", "rule", "token_import
 
 
 def shape(name, layers, sequences=128, length=2048, importance="sampled", drift="none", rows=False):
-    adapter = random_adapter(shape_config(name, layers), torch.device("cpu"))
+    adapter = random_model.random_adapter(random_model.shape_config(name, layers), torch.device("cpu"))
     config = Recipe(rule="joint", row_feedback=rows, **DRIFTS[drift])
     return shape_of(make_plan(adapter, config), adapter, sequences, length, importance)
 

@@ -8,10 +8,11 @@ from ptq.calibrate.activations import embed_all, propagate
 from ptq.calibrate.collect import collect_part
 from ptq.calibrate.importance import descend, token_importance
 from ptq.calibrate.passes import Original, Passes, Stream
-from ptq.models.random import random_adapter
 from ptq.run.loop import Calibration, quantize_model
 from ptq.run.recipe import Recipe
 from ptq.runtime.distributed import Ranks
+
+from .tiny import random_model
 
 pytestmark = pytest.mark.gpu
 
@@ -29,7 +30,7 @@ TOKENS = torch.randint(0, 512, (16, 128), generator=torch.Generator().manual_see
 @torch.no_grad()
 def test_no_loop_over_batches_waits_for_the_device():
     """torch raises where a call synchronizes."""
-    adapter = random_adapter(CONFIG, torch.device("cuda"))
+    adapter = random_model.random_adapter(CONFIG, torch.device("cuda"))
     tokens = TOKENS.cuda()
     for on_host in (False, True):
         hidden = embed_all(adapter, tokens.split(4), on_host)
@@ -52,7 +53,7 @@ def test_no_loop_over_batches_waits_for_the_device():
 
 
 def test_hidden_states_on_the_host_change_nothing():
-    adapter = random_adapter(CONFIG, torch.device("cuda"))
+    adapter = random_model.random_adapter(CONFIG, torch.device("cuda"))
     batches = TOKENS.cuda().split(3)
     here, there = (token_importance(adapter, batches, seed=0, on_host=on_host, segment=2) for on_host in (False, True))
     for name, weights in here.items():

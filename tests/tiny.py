@@ -1,12 +1,16 @@
 """Tiny random models of every supported family, with a word-level tokenizer, saved as real checkpoints."""
 
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ptq.models.families import FAMILIES
+
+random_model = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "random_model.py")))
 
 WORDS = tuple("abcdefghijklmnopqrstuvwxyz")
 SIZES = {

@@ -33,11 +33,28 @@ def call(
     parser = argparse.ArgumentParser(prog=prog)
     add(parser)
     args = parser.parse_args(argv)
+    return answered(lambda: run(args))
+
+
+def answered(work: Callable[[], int], kept: str = "nothing was kept") -> int:
+    """work(); or, said in a line, 1 for an error and 130 for Ctrl-C, after which there is what `kept` says."""
+    from safetensors import SafetensorError
+
     try:
-        return run(args)
-    except (ValueError, OSError) as error:
+        return work()
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; {kept}", file=sys.stderr)
+        return 130
+
+
+def quiet_transformers() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def default_device() -> str:

@@ -10,11 +10,10 @@ in -half, -full (drift) or -rows (row feedback) are always run so; the table say
 """
 
 import argparse
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from ptq.cli.arguments import as_record, check_least, default_device
+from ptq.cli.arguments import answered, as_record, check_least, default_device, quiet_transformers
 from ptq.settings import CASES, FORMAT_NAMES, Comparison
 
 
@@ -47,23 +46,15 @@ def parse_arguments(argv: list[str] | None, prog: str | None = None) -> Comparis
     return as_record(Comparison, args)
 
 
-def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    settings = parse_arguments(argv, prog)
-    import torch
-    import transformers
-    from safetensors import SafetensorError
-
+def compare(settings: Comparison) -> int:
     from ptq.eval.report import markdown
     from ptq.pipeline.compare import run
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        print(markdown(run(replace(settings, device=settings.device or default_device()))), end="")
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"interrupted; {settings.output} holds the cases that were done, the same command goes on", file=sys.stderr)
-        return 130
+    quiet_transformers()
+    print(markdown(run(replace(settings, device=settings.device or default_device()))), end="")
     return 0
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    settings = parse_arguments(argv, prog)
+    return answered(lambda: compare(settings), f"{settings.output} holds the cases that were done, the same command goes on")

@@ -10,11 +10,10 @@ docs/evaluation.md says what the numbers mean.
 
 import argparse
 import logging
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ptq.cli.arguments import as_record, check_least, default_device
+from ptq.cli.arguments import answered, as_record, check_least, default_device, quiet_transformers
 from ptq.settings import Evaluation
 
 
@@ -64,24 +63,16 @@ def parse_arguments(argv: list[str] | None, prog: str | None = None) -> Evaluati
     return as_record(Evaluation, args)
 
 
-def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    settings = parse_arguments(argv, prog)
-    import torch
-    import transformers
-    from safetensors import SafetensorError
-
+def evaluate(settings: Evaluation) -> int:
     from ptq.eval.report import markdown
     from ptq.pipeline.evaluate import run
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_transformers()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        print(markdown(run(replace(settings, device=settings.device or default_device()))), end="")
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"interrupted; {settings.output}.*.json holds the models that were done, --reuse takes them", file=sys.stderr)
-        return 130
+    print(markdown(run(replace(settings, device=settings.device or default_device()))), end="")
     return 0
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    settings = parse_arguments(argv, prog)
+    return answered(lambda: evaluate(settings), f"{settings.output}.*.json holds the models that were done, --reuse takes them")

@@ -15,7 +15,7 @@ import warnings
 from dataclasses import fields
 from pathlib import Path
 
-from ptq.cli.arguments import as_record
+from ptq.cli.arguments import as_record, quiet_transformers
 from ptq.settings import (
     ACTIVATION_NAMES,
     DRIFTS,
@@ -122,7 +122,6 @@ def quantize(args: argparse.Namespace, settings: Settings) -> str | None:
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args, settings = parse_arguments(argv, prog)
     import torch
-    import transformers
     from safetensors import SafetensorError
 
     from ptq.export.checkpoint import ReadBackError
@@ -130,9 +129,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     from ptq.run.resume import unfinished_folder
     from ptq.runtime.stop import say_stopped, stoppable
 
-    transformers.utils.logging.set_verbosity_error()
+    quiet_transformers()
     warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # said of every first backward pass on a GPU
-    transformers.utils.logging.disable_progress_bar()
     rank = os.environ.get("RANK", "0")
     try:
         with stoppable():

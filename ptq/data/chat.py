@@ -28,6 +28,12 @@ def as_conversation(value: Any) -> Conversation | None:
     return Conversation(tuple(value)) if all(fits) else None
 
 
+def document_of(row: Mapping[str, Any]) -> Document | None:
+    """What a row has in "text", else in "messages"; None where it has neither."""
+    text = row.get("text")
+    return text if isinstance(text, str) else as_conversation(row.get("messages"))
+
+
 def encoder(tokenizer: Any) -> Callable[[Document], list[int]]:
     """Documents to token ids, by a tokenizer of transformers; a conversation through its chat template if it has one.
 

@@ -5,12 +5,10 @@ conversations.  Rows are taken in the order in which the dataset has them; which
 affair, and the caller's seed.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
-from ptq.data.chat import Document, as_conversation
+from ptq.data.chat import Document, document_of
 
 HUB_DOCUMENTS = 4096
 
@@ -59,7 +57,7 @@ def find_preset(source: str) -> tuple[Preset, str] | None:
 
 
 def hub_documents(source: str, preset: Preset, split: str) -> list[Document]:
-    """The documents, streamed.  Raises ValueError that says why the dataset cannot be loaded."""
+    """The documents, streamed.  Raises ValueError where the dataset cannot be loaded, and for a row without text."""
     from datasets import load_dataset
 
     file = preset.splits[split]
@@ -70,16 +68,13 @@ def hub_documents(source: str, preset: Preset, split: str) -> list[Document]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"text {source!r} is no file here, and as a dataset it cannot be loaded: {reason}") from None
-    documents = [document_of(row, preset.dataset) for row in rows]
+    documents: list[Document] = []
+    for row in rows:
+        document = document_of(row)
+        if document is None:
+            columns = ", ".join(row)
+            raise ValueError(
+                f'dataset {preset.dataset!r} has no column "text", nor "messages" with role and content; its columns are {columns}'
+            )
+        documents.append(document)
     return documents if preset.join is None else [preset.join.join(map(str, documents))]
-
-
-def document_of(row: Mapping[str, Any], dataset: str) -> Document:
-    """Raises ValueError for a row without text and messages."""
-    text = row.get("text")
-    document = text if isinstance(text, str) else as_conversation(row.get("messages"))
-    if document is None:
-        raise ValueError(
-            f'dataset {dataset!r} has no column "text", nor "messages" with role and content; its columns are {", ".join(row)}'
-        )
-    return document

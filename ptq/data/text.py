@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ptq.data.chat import Document, as_conversation
+from ptq.data.chat import Document, document_of
 from ptq.data.presets import PRESETS, find_preset, hub_documents
 
 BUILTIN_HELD_OUT = "builtin-heldout"
@@ -110,14 +110,12 @@ def read_jsonl(path: Path) -> Iterator[Document]:
             raise ValueError(f"{path}, line {number}: not UTF-8 text: byte {error.start} cannot be decoded") from None
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
             raise ValueError(f"{path}, line {number}: not JSON that one reads ({str(error).split(';')[0]})") from None
-        record = record if isinstance(record, dict) else {}
-        text = record.get("text")
-        document = text if isinstance(text, str) else as_conversation(record.get("messages"))
+        document = document_of(record) if isinstance(record, dict) else None
         if document is None:
             raise ValueError(
                 f'{path}, line {number}: no field "text" with a string, nor "messages", each with role and content'
             )
-        if isinstance(text, str) and HALF_A_CHARACTER.search(text):
+        if isinstance(document, str) and HALF_A_CHARACTER.search(document):
             raise ValueError(f'{path}, line {number}: "text" holds half a surrogate pair, which is no character')
         yield document
 

@@ -90,5 +90,5 @@ def rtn_kernels(W: Tensor, blocks: Tensor | None, format: Format, rule: str, ten
     scales = None
     if rule != "absmax":
         scales = search_scales(W, format, tensor_scale, prepare(blocks) if blocks is not None and rule == "local" else None)
-    scales, codes, _ = quantize_blocks(W, format, tensor_scale, scales=scales, out="codes")
+    scales, codes = quantize_blocks(W, format, tensor_scale, scales=scales, out="codes")
     return Solution(Quantized(codes, scales, tensor_scale, format))

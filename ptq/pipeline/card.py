@@ -6,6 +6,7 @@ It holds no times and no paths, so that the same run writes the same bytes.
 import json
 
 from ptq.run.plan import Plan
+from ptq.run.summary import scores_of
 from ptq.settings import is_hub_id, short_name
 
 NAMES = {"nvfp4": "NVFP4", "mxfp4": "MXFP4", "mxfp4-round": "MXFP4", "int4": "INT4"}
@@ -78,7 +79,7 @@ def losses(report: dict) -> str:
     if measured:
         mean, usual = (sum(linear[key] for linear in measured) / len(measured) for key in ("error", "rtn_error"))
         lines.append(f"Relative error of a linear's output, mean: {mean:.4f} (round to nearest: {usual:.4f}).")
-    scores = {name: value for name, value in report.items() if isinstance(value, dict) and "ppl" in value}
+    scores = scores_of(report)
     if scores:
         first = next(iter(scores.values()))
         lines += [

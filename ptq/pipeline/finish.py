@@ -28,24 +28,10 @@ from ptq.run.recipe import Recipe
 from ptq.run.record import Record
 from ptq.run.resume import Unfinished
 from ptq.run.settings import base_recipe
-from ptq.settings import Settings, command
+from ptq.settings import OF_THE_MACHINE, Settings, command
 
 VERIFY_TOKENS = 128
 PROMPT_TOKENS, SAMPLE_TOKENS = 32, 32
-REPORTED = (
-    "format",
-    "activations",
-    "recipe",
-    "method",
-    "effort",
-    "rule",
-    "token_importance",
-    "drift",
-    "row_feedback",
-    "damp",
-    "ignore",
-)
-REPORTED += ("calibration", "sequences", "validation", "length", "seed", "evaluate", "windows")
 
 
 def finish(
@@ -74,7 +60,7 @@ def describe(source: Source, settings: Settings, windows: Windows, job: Job, rec
     """The report but for scores and what writing adds to it."""
     return {
         "model": source.name,
-        "settings": {name: getattr(settings, name) for name in REPORTED} | {"block": base_recipe(settings).format.block},
+        "settings": settings.but(*OF_THE_MACHINE, "dtype", "deterministic") | {"block": base_recipe(settings).format.block},
         "calibrated_on": windows.how,
         "command": None if settings.calibration.endswith(GIVEN) else command(source.name, settings),
         "linears": [asdict(record) for record in records],

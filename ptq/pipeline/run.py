@@ -31,23 +31,10 @@ from ptq.run.recipe_file import read_recipe
 from ptq.run.resume import Unfinished, fingerprint, is_complete, unfinished_folder
 from ptq.run.settings import base_recipe
 from ptq.runtime.distributed import init_process_group, local_device
-from ptq.settings import PLACES, Settings
+from ptq.settings import OF_THE_MACHINE, OF_THE_TEXT, PLACES, Settings
 
 GivenRules = Sequence[tuple[str, Recipe | str | None]]
 """(pattern, recipe) as ptq.run.recipe.Rules; a format's name stands for the settings' recipe in that format."""
-BYTES_DEPEND_ON = (
-    "format",
-    "activations",
-    "method",
-    "effort",
-    "rule",
-    "token_importance",
-    "drift",
-    "row_feedback",
-    "damp",
-    "ignore",
-)
-BYTES_DEPEND_ON += ("seed", "dtype", "deterministic")
 
 
 def run(
@@ -119,27 +106,31 @@ def prepare(
     """Reads no weights of a model in safetensors files.  Raises ValueError for everything that is known to fail."""
     device = local_device(settings.device or default_device())
     settings = replace(settings, device=device)
-    recipe_rules = all_rules(settings, rules)
+    of_file = file_rules(settings)
+    recipe_rules = all_rules(settings, of_file, rules)
     settings, texts = read_calibration(calibration, settings)
     with quiet():
         source = open_source(model, tokenizer, dtype=dtype_of(settings), device=device)
     plan = make_plan(source.adapter, recipe_rules)
     windows = make_windows(texts, source, settings)
     job = make_job(source, settings, windows, plan, torch.device(device))
-    about = fingerprint(source.identity(), windows.calibration, what_bytes_depend_on(settings, rules), job.device)
+    about = fingerprint(source.identity(), windows.calibration, what_bytes_depend_on(settings, of_file, rules), job.device)
     return Work(source, settings, windows, job, about)
 
 
-def all_rules(settings: Settings, rules: GivenRules) -> Rules:
-    """The settings' own recipe for every linear, or their file's, then what `rules` say, then what is to be ignored."""
+def file_rules(settings: Settings) -> Rules:
+    return read_recipe(Path(settings.recipe)) if settings.recipe else []
+
+
+def all_rules(settings: Settings, of_file: Rules, rules: GivenRules) -> Rules:
+    """The settings' own recipe for every linear, or the rules of their file, then what `rules` say, then what is to be ignored."""
     settings = settings.complete()
     base = base_recipe(settings)
-    of_file = read_recipe(Path(settings.recipe)) if settings.recipe else [("re:.*", base)]
     if settings.token_importance == "none" and any(recipe and recipe.row_feedback for _, recipe in of_file):
         raise ValueError("a rule has row feedback, which needs --token-importance text or sampled")
     of_format = {name: named_format(name, settings.block) for _, name in rules if isinstance(name, str)}
     named = [(pattern, replace(base, format=of_format[how]) if isinstance(how, str) else how) for pattern, how in rules]
-    return as_rules([*of_file, *named], settings.ignore)
+    return as_rules([*(of_file or [("re:.*", base)]), *named], settings.ignore)
 
 
 def make_job(source: Source, settings: Settings, windows: Windows, plan: Plan, device: torch.device) -> Job:
@@ -153,11 +144,10 @@ def make_job(source: Source, settings: Settings, windows: Windows, plan: Plan, d
     )  # fmt: skip
 
 
-def what_bytes_depend_on(settings: Settings, rules: GivenRules) -> dict[str, object]:
-    chosen: dict[str, object] = {name: getattr(settings, name) for name in BYTES_DEPEND_ON}
+def what_bytes_depend_on(settings: Settings, of_file: Rules, rules: GivenRules) -> dict[str, object]:
+    chosen: dict[str, object] = {**settings.but(*OF_THE_MACHINE, *OF_THE_TEXT, "recipe")}
     chosen["block"] = base_recipe(settings).format.block
-    if settings.recipe:
-        of_file = read_recipe(Path(settings.recipe))
+    if of_file:
         chosen["recipe"] = [(pattern, recipe and recipe.about) for pattern, recipe in of_file]
     return chosen | ({"rules": described(rules)} if rules else {})
 
@@ -181,7 +171,7 @@ def preview(model: str, settings: Settings, output: Path | None = None) -> Previ
         adapter, _, _ = open_model(model, dtype=dtype_of(settings), device="cpu")
     assert settings.sequences is not None and settings.token_importance is not None
     return make_preview(
-        adapter, all_rules(settings, ()), settings.sequences, settings.length,
+        adapter, all_rules(settings, file_rules(settings), ()), settings.sequences, settings.length,
         settings.token_importance, batch=settings.batch, on_host=PLACES[settings.hidden_states],
         ranks=int(os.environ.get("WORLD_SIZE", 1)), output=output or Path("output"),
         cores=torch.get_num_threads() if (settings.device or default_device()) == "cpu" else 0,

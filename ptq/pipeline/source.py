@@ -73,11 +73,14 @@ def in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
     def load() -> PreTrainedModel:
         return copy.deepcopy(model).to(device=device, dtype=dtype).eval()  # type: ignore[arg-type,call-overload]
 
-    return Source(name, adapter, tokenizer or tokenizer_of(name), lambda: {"in memory": digest(state)}, load)
+    return Source(name, adapter, tokenizer or tokenizer_of(model), lambda: {"in memory": digest(state)}, load)
 
 
-def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """Of the checkpoint that a model in memory was loaded from."""
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        raise ValueError("no tokenizer is given, and the model was not loaded from anywhere; give tokenizer=")
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from ptq.run.resume import Unfinished
 from ptq.runtime.adapter import Adapter
 from ptq.runtime.clock import phase
 from ptq.runtime.distributed import Ranks
+from ptq.runtime.heartbeat import may_wait
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ def do_layers(
     with unfinished.writer(job.plan.formats, job.layout) as writer:
         for done in layers:
             if ranks.rank == 0:
-                with phase("write"):
+                with phase("write"), may_wait():
                     writer.write(done)
             progress("quantize", done.layer.name)
-        with phase("write"):
+        with phase("write"), may_wait():
             writer.wait()
 
 

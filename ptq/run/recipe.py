@@ -93,13 +93,6 @@ def as_rules(recipe: Recipe | Rules, ignore: Iterable[str] = ()) -> Rules:
     return [*rules, *((pattern, None) for pattern in ignore)]
 
 
-def as_rtn(rules: Rules) -> Rules:
-    """The same formats by RTN with absmax scales: the baseline."""
-    return [
-        (pattern, recipe and Recipe(recipe.format, "rtn", "absmax", activation=recipe.activation)) for pattern, recipe in rules
-    ]
-
-
 def matches(name: str, pattern: str) -> bool:
     """True where `name` equals the pattern or a `re:` pattern matches it from its start (the rule of compressed-tensors).
 

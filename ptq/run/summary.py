@@ -1,6 +1,11 @@
 """A report in a few lines."""
 
 
+def scores_of(report: dict) -> dict[str, dict]:
+    """By model, where a text was evaluated on."""
+    return {name: value for name, value in report.items() if isinstance(value, dict) and "ppl" in value}
+
+
 def summary(report: dict) -> str:
     """What a person wants to know at the end of a run."""
     linears = report["linears"]
@@ -14,7 +19,7 @@ def summary(report: dict) -> str:
     apart = [linear["validation_error"] for linear in linears if linear["validation_error"] is not None]
     if apart:
         lines.append(f"outputs on held-out tokens, all that came before included: mean {sum(apart) / len(apart):.4f} off")
-    scores = {name: value for name, value in report.items() if isinstance(value, dict) and "ppl" in value}
+    scores = scores_of(report)
     if scores:
         first = next(iter(scores.values()))
         lines.append(f"{first['tokens']} tokens in windows of {first['window']}, scored in {first['dtype']}:")

@@ -20,13 +20,10 @@ def check_float32() -> None:
     force, not who set it: TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 only chooses what torch starts with.  The CPU's
     setting counts too: `medium` is bfloat16 there.
     """
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9; the older setting may not be read beside it
-        found = {
-            "torch.backends.cuda.matmul.fp32_precision": torch.backends.cuda.matmul.fp32_precision,
-            "torch.backends.mkldnn.matmul.fp32_precision": torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
-        }
-    else:
-        found = {"torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision()}
+    found = {  # the older setting may not be read beside these
+        "torch.backends.cuda.matmul.fp32_precision": torch.backends.cuda.matmul.fp32_precision,
+        "torch.backends.mkldnn.matmul.fp32_precision": torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
+    }
     for name, value in found.items():
         if value not in ("none", "ieee", "highest"):
             raise ValueError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ptq.runtime.heartbeat import heartbeat
+from ptq.runtime.heartbeat import heartbeat, may_wait
 
 GROUPS = 8
 TIMEOUT = timedelta(minutes=10)
@@ -55,6 +55,7 @@ class Ranks:
         groups = self.groups(sequences)
         return [slice(group.start - groups[0].start, group.stop - groups[0].start) for group in groups]
 
+    @may_wait()
     def reduce(self, tensor: Tensor, owner: int) -> None:
         """In place: the sum over ranks, valid on `owner`."""
         if self.size == 1:
@@ -72,18 +73,21 @@ class Ranks:
             tensor += other
             step *= 2
 
+    @may_wait()
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """In place: the sum over ranks, on every rank."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
+    @may_wait()
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
         """In place: the largest over ranks, on every rank."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
+    @may_wait()
     def all_reduce_value(self, value: float, device: torch.device) -> float:
         if self.size == 1:
             return value
@@ -91,11 +95,13 @@ class Ranks:
         dist.all_reduce(tensor)
         return float(tensor)
 
+    @may_wait()
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """In place: `owner`'s tensor on every rank."""
         if self.size > 1:
             dist.broadcast(tensor, owner)
 
+    @may_wait()
     def all_gather(self, tensor: Tensor, sequences: int) -> Tensor:
         """(sequences, …) of all ranks from each rank's own part, on every rank."""
         if self.size == 1:
@@ -105,6 +111,7 @@ class Ranks:
         dist.all_reduce(whole)  # every element has one term that is not zero
         return whole
 
+    @may_wait()
     def all_gather_object(self, value: object) -> list:
         """Every rank's `value`, by rank."""
         values = [value] * self.size

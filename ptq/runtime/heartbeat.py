@@ -1,31 +1,47 @@
-"""Ranks that hear of each other: one that is dead, stopped or cut off is named long before a collective gives up on it."""
+"""Ranks that hear of each other: one that is dead, stopped, cut off or hangs is named long before a collective gives up on it."""
 
 import os
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from threading import Event, Thread
+from pathlib import Path
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 INTERVAL, SILENCE = 2.0, 30.0  # seconds
+IDLE = 0.01  # of a core: who uses less does nothing.  Threads of torch and NCCL that only look around use less.
 DONE = "done"
+_waits: list[None] = []  # of the main thread: not empty inside `may_wait`
+
+
+@contextmanager
+def may_wait() -> Iterator[None]:
+    """The main thread's block may wait for other ranks or for the disk, as long as that takes: it does not hang there."""
+    _waits.append(None)
+    try:
+        yield
+    finally:
+        _waits.pop()
 
 
 @contextmanager
 def heartbeat(rank: int, size: int, *, interval: float = INTERVAL, silence: float = SILENCE) -> Iterator[None]:
-    """While the block runs, this rank says every `interval` that it lives, and listens to the next one.
+    """While the block runs, this rank says every `interval` that it lives, listens to the next one, and watches itself.
 
-    Where that one is silent for `silence`, its number is printed and the process ends with 1: torchrun ends the others.  A thread
-    does it, so a rank whose work takes long is not silent; one that hangs in its work is, by the collectives' own timeout.
+    Where the next one is silent for `silence`, or this process does nothing for as long outside of `may_wait`, its number is
+    printed and the process ends with 1: torchrun ends the others.  A thread does it, so a rank whose work takes long is neither.
+    What still takes the collectives' own timeout: a rank that hangs in a collective, on its disk, or in a loop without end.
     """
-    ended = Event()
+    ended = threading.Event()
     store = TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=silence)
     )
-    thread = Thread(target=beat_and_listen, args=(store, rank, (rank + 1) % size, ended, interval, silence), daemon=True)
+    arguments = (store, rank, (rank + 1) % size, ended, interval, silence)
+    thread = threading.Thread(target=beat_and_listen, args=arguments, daemon=True)
     thread.start()
     try:
         yield
@@ -34,8 +50,8 @@ def heartbeat(rank: int, size: int, *, interval: float = INTERVAL, silence: floa
         thread.join()
 
 
-def beat_and_listen(store: TCPStore, rank: int, other: int, ended: Event, interval: float, silence: float) -> None:
-    heard, last, count = time.monotonic(), "", 0
+def beat_and_listen(store: TCPStore, rank: int, other: int, ended: threading.Event, interval: float, silence: float) -> None:
+    heard, last, count, work = time.monotonic(), "", 0, Work(silence)
     while not ended.wait(interval):
         count += 1
         try:
@@ -46,12 +62,39 @@ def beat_and_listen(store: TCPStore, rank: int, other: int, ended: Event, interv
         if found not in (last, DONE):
             heard, last = time.monotonic(), found
         if found != DONE and time.monotonic() - heard > silence:
-            sys.stderr.write(
-                f"error on rank {rank}: rank {other} has been silent for {silence:.0f} s; it is dead, stopped or cut off\n"
-            )
-            sys.stderr.flush()
-            os._exit(1)
+            end(f"error on rank {rank}: rank {other} has been silent for {silence:.0f} s; it is dead, stopped or cut off\n")
+        if work.has_ended():
+            stack = "".join(traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0]))
+            end(f"error on rank {rank}: rank {rank} has done nothing for {silence:.0f} s; it hangs here:\n{stack}")
     try:
         store.set(f"heartbeat {rank}", DONE)
     except DistError:
         return
+
+
+class Work:
+    """This process's, by the time its threads but the calling one spend on a core."""
+
+    def __init__(self, silence: float):
+        self._silence = silence
+        self._seen, self._used = time.monotonic(), self._now()
+
+    def has_ended(self) -> bool:
+        """Whether there has been next to none for `silence`, no waiting, and no other process that this one started."""
+        if _waits or has_children() or self._now() - self._used > IDLE * self._silence:
+            self._seen, self._used = time.monotonic(), self._now()
+        return time.monotonic() - self._seen > self._silence
+
+    def _now(self) -> float:
+        return time.process_time() - time.thread_time()
+
+
+def has_children() -> bool:
+    """Triton compiles in one."""
+    return any(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+
+
+def end(message: str) -> None:
+    sys.stderr.write(message)
+    sys.stderr.flush()
+    os._exit(1)

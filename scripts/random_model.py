@@ -27,7 +27,7 @@ WEIGHT_STD = 0.02
 
 def shape_config(shape: str, layers: int | None = None) -> PretrainedConfig:
     """The config of a shape, or of its first `layers` layers."""
-    settings = {"tie_word_embeddings": False} | LLAMA_3 | SHAPES[shape]
+    settings: dict[str, Any] = {"tie_word_embeddings": False} | LLAMA_3 | SHAPES[shape]
     if settings["num_key_value_heads"] > settings["num_attention_heads"]:
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     settings["num_hidden_layers"] = layers or settings["num_hidden_layers"]
