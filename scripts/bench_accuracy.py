@@ -53,7 +53,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["nvfp4"])
-    parser.add_argument("--activations", choices=("none", *ACTIVATIONS), default="none", help="what inputs are rounded to")
+    about = "what inputs are rounded to, one for all formats or one each"
+    parser.add_argument("--activations", nargs="+", choices=("none", *ACTIVATIONS), default=["none"], help=about)
     parser.add_argument("--block", type=int, help="for int4")
     parser.add_argument("--damp", type=float, nargs="+", default=[0.01])
     parser.add_argument(
@@ -92,14 +93,15 @@ def weights_of(
 
 def runs_of(args: argparse.Namespace) -> list[tuple[dict, Recipe]]:
     """(the row's settings, what to do) of every run of one seed.  Raises ValueError for a case that there is not."""
+    if len(args.activations) not in (1, len(args.formats)):
+        raise ValueError(f"{len(args.activations)} activations for {len(args.formats)} formats; give one, or one for each")
     runs = []
-    activation = get_activation(args.activations)
-    for name in args.formats:
-        format = named_format(name, args.block)
+    for name, inputs in zip(args.formats, args.activations * (len(args.formats) // len(args.activations)), strict=True):
+        format, activation = named_format(name, args.block), get_activation(inputs)
         label = name if name != "int4" else f"{name}_g{format.block}"
         for case in map(settings_of, args.cases):
             for damp in args.damp if case["method"] == "gptq" else args.damp[:1]:
-                settings = {"format": label, "activations": args.activations, **case, "damp": damp, "ridge": args.ridge}
+                settings = {"format": label, "activations": inputs, **case, "damp": damp, "ridge": args.ridge}
                 runs.append((settings, make_recipe(format, case, damp, ridge=args.ridge, activation=activation)))
     return runs
 
