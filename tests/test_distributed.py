@@ -39,7 +39,6 @@ def prepare(folder: Path) -> list[str]:
     (folder / "text0.txt").write_text(TEXT)
     (folder / "text1.txt").write_text(TEXT[::-1])
     common = ["--calibration", str(folder / "text0.txt"), "--sequences", "9", "--length", "32", "--device", "cpu"]
-    common += ["--rule", "mse"]  # whose search takes least
     return [str(folder / "model"), *common, "--output"]
 
 

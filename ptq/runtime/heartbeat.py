@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
+import psutil
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 INTERVAL, SILENCE = 2.0, 30.0  # seconds
@@ -80,18 +80,14 @@ class Work:
         self._seen, self._used = time.monotonic(), self._now()
 
     def has_ended(self) -> bool:
-        """Whether there has been next to none for `silence`, no waiting, and no other process that this one started."""
-        if _waits or has_children() or self._now() - self._used > IDLE * self._silence:
+        """Whether there has been next to none for `silence`, no waiting, and no process that this one started, as Triton's
+        compiler is."""
+        if _waits or self._now() - self._used > IDLE * self._silence or psutil.Process().children():
             self._seen, self._used = time.monotonic(), self._now()
         return time.monotonic() - self._seen > self._silence
 
     def _now(self) -> float:
         return time.process_time() - time.thread_time()
-
-
-def has_children() -> bool:
-    """Triton compiles in one."""
-    return any(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
 
 
 def end(message: str) -> None:
