@@ -101,8 +101,7 @@ def describe(model: nn.Module) -> tuple[str, int]:
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Each checkpoint is made and served in processes of their own, which give the GPU back."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm"])
+    context = multiprocessing.get_context("spawn")
     for format in (BASELINE, *args.formats):
         with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
             pool.submit(make_checkpoint, Path(folder), args.shape, args.layers, format).result()

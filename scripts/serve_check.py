@@ -132,10 +132,8 @@ ENGINES = {
 
 
 def apart(function: Callable[..., Said], *arguments: object) -> Future[Said]:
-    """`function` in a process of its own, which has ended and given the device back; one import of vLLM serves all."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllm"])
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+    """`function` in a process of its own, which has ended and given the device back."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments)
 
 
