@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_model import SHAPES, random_adapter, shape_config
 from torch import nn
-
-from ptq.models.random import SHAPES
 
 FIELDS: tuple[str, ...] = (
     *("shape", "layers", "format", "kernel", "gb", "batch", "prompt", "decode", "prefill"),
@@ -44,7 +43,6 @@ def make_checkpoint(folder: Path, shape: str, layers: int | None, format: str) -
     from ptq.export.checkpoint import layer_tensors, shard_name, write_rest
     from ptq.export.compressed_tensors import CompressedTensors
     from ptq.export.files import save_tensors
-    from ptq.models.random import random_adapter, shape_config
     from ptq.run.loop import Calibration, quantize_layers
     from ptq.run.plan import make_plan
     from ptq.run.recipe import Recipe
