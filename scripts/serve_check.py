@@ -62,10 +62,10 @@ def transformers_says(folder: Path, windows: Tensor, dtype: torch.dtype) -> Said
     from transformers import AutoConfig
 
     from ptq.eval.perplexity import score_models
+    from ptq.eval.sample import continuation
     from ptq.export.read_back import load_checkpoint
     from ptq.models.families import family_of
     from ptq.models.loading import quiet
-    from ptq.pipeline.finish import continuation
 
     family = family_of(AutoConfig.from_pretrained(folder), str(folder))
     with quiet(), torch.no_grad():
