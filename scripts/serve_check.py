@@ -68,10 +68,10 @@ def transformers_says(folder: Path, windows: Tensor, dtype: torch.dtype) -> Said
     from ptq.models.loading import quiet
 
     family = family_of(AutoConfig.from_pretrained(folder), str(folder))
-    with quiet(), torch.no_grad():
-        model = load_checkpoint(folder, experts=family.experts is not None, attention=family.attention)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")(windows[:1, :2].to(model.device))  # unpacks the weights
-    scores = score_models({"checkpoint": model.to(dtype)}, windows)["checkpoint"]
+    how = {"experts": family.experts is not None, "attention": family.attention, "dtype": dtype}
+    with quiet():
+        model = load_checkpoint(folder, **how, device="cuda" if torch.cuda.is_available() else "cpu")
+    scores = score_models({"checkpoint": model}, windows)["checkpoint"]
     following = continuation(model, windows[0, :PROMPT])[:FOLLOWING]
     return Said(sum(s.nll for s in scores) / sum(s.tokens for s in scores), following.tolist())
 

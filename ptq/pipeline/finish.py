@@ -78,9 +78,8 @@ def compare(source: Source, settings: Settings, folder: Path, windows: Tensor, j
     with quiet():
         original = source.load()
         attention = str(source.adapter.config._attn_implementation)
-        checkpoint = load_checkpoint(folder, experts=source.adapter.has_experts, attention=attention).to(device)
-        checkpoint(windows[:1, :2].to(device))  # weights are unpacked at the first forward
-        checkpoint.to(dtype=original.dtype)
+        how = {"experts": source.adapter.has_experts, "attention": attention, "device": device, "dtype": original.dtype}
+        checkpoint = load_checkpoint(folder, **how)
     baseline = copy.deepcopy(original)
     models = {"original": original, "rtn": baseline, label: checkpoint}
     with quantized_inputs(baseline, inputs_of(round_to_nearest(baseline, job))):
