@@ -15,7 +15,8 @@ from transformers.utils import cached_file
 from ptq.export.index import header
 from ptq.models.configuration import one_line
 from ptq.models.families import FAMILIES
-from ptq.models.loading import check_fit, locate, weight_arguments
+from ptq.models.loading import check_fit, weight_arguments
+from ptq.models.location import locate
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ptq.eval.checkpoint import Loaded
 from ptq.eval.logits import Logits
 from ptq.eval.paired import Item, ratio_stderr
 from ptq.eval.perplexity import score_windows, summarize
+from ptq.eval.sample import greedy_sample
 from ptq.models.loading import check_fit
 
 Progress = Callable[[Tensor], Iterable[Tensor]]
@@ -86,6 +87,7 @@ def measure_text(
         "fingerprint": fingerprint,
         "vocabulary": vocabulary,
         "items": items,
+        "sample": greedy_sample(loaded.model, loaded.tokenizer, windows[0]),
         "protocol": {
             "text": text.source,
             "window": text.window,

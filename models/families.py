@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PretrainedConfig
-
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj")
 EXPERTS = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
@@ -43,7 +41,7 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     attention: str = "sdpa"
 
-    def residual_of(self, config: PretrainedConfig) -> Residual:
+    def residual_of(self, config: Any) -> Residual:
         return self.residual(config) if callable(self.residual) else self.residual
 
 
@@ -77,7 +75,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: PretrainedConfig, source: str) -> Family:
+def family_of(config: Any, source: str) -> Family:
     """Raises ValueError that lists the supported types where the model is of another."""
     if config.model_type not in FAMILIES:
         raise ValueError(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,15 +21,14 @@ from transformers import (
 )
 
 from ptq.models.adapter import ModelAdapter
-from ptq.models.configuration import check_config, one_line, remote_code
+from ptq.models.configuration import one_line, remote_code
 from ptq.models.families import family_of
-from ptq.models.gguf_header import check_gguf
 from ptq.models.identity import ModelFiles
-from ptq.models.shards import Shards, check_links, shard_paths
+from ptq.models.location import fetch, locate
+from ptq.models.shards import Shards, shard_paths
 from ptq.models.streaming import StreamingAdapter
 
 OF_A_LAYER = re.compile(r"\blayers\.\d+\.")
-FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")  # that a model is read from, and *.bin
 HARMLESS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # buffers of older releases, made anew
 
 
@@ -71,12 +69,8 @@ def open_model(
     """(adapter, tokenizer, the model's files).  Layers are read when they are asked for, if the model is in
     safetensors files; one of another kind (GGUF, .bin) is loaded whole.  dtype and errors as for `load_model`."""
     where, extra = locate(source)
-    commit = None
-    if not extra and not Path(where).is_dir():
-        where = fetch(source)
-        commit = Path(where).name  # of the snapshot
-        check_files(Path(where))
-    folder = Path(where)
+    folder, commit = (Path(where), None) if extra else fetch(where)
+    where = str(folder)
     if extra or not shard_paths(folder):
         model, tokenizer = load_model(source, dtype=dtype, device=device)
         files = [folder / extra["gguf_file"]] if extra else [*sorted(folder.glob("*.bin")), folder / "config.json"]
@@ -136,35 +130,9 @@ def load_tokenizer(source: str, where: str, extra: dict[str, str]) -> PreTrained
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
 
 
-def fetch(source: str) -> str:
-    """The folder of a hub id's files, downloaded where they are not there yet."""
-    try:
-        return snapshot_download(source, allow_patterns=list(FILES))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from None
-
-
 def weight_arguments(extra: dict[str, str]) -> dict[str, Any]:
     """What from_pretrained needs besides the place: for a GGUF file, the order to unpack it where transformers would not."""
     return {**extra, "quantization_config": GgufConfig(dequantize=True)} if "gguf_file" in extra else dict(extra)
-
-
-def locate(source: str) -> tuple[str, dict[str, str]]:
-    """(folder or hub id, extra arguments of from_pretrained)."""
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"{source}: no such GGUF file")
-        check_gguf(path)
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{source} holds no config.json; give a model folder, a .gguf file or a hub id")
-        check_files(path)
-        return str(path), {}
-    if path.exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise ValueError(f"{source}: no such folder; give a model folder, a .gguf file or a hub id")
-    return source, {}
 
 
 def check_fit(largest: int, model: PreTrainedModel, source: str) -> None:
@@ -174,12 +142,6 @@ def check_fit(largest: int, model: PreTrainedModel, source: str) -> None:
         raise ValueError(
             f"{source}: its tokenizer gives token {largest}, but the model has {embeddings} embeddings; not its own?"
         )
-
-
-def check_files(folder: Path) -> None:
-    """Raises ValueError that names a file that is missing, damaged or elsewhere, as Shards, check_links and check_config do."""
-    check_links(folder, (*FILES, "*.bin"))
-    check_config(folder, Shards(folder).tensors)
 
 
 def quiet() -> AbstractContextManager:

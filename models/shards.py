@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ptq.runtime.checks import check_finite
 
@@ -107,9 +107,9 @@ def layers_of(names: Iterable[str]) -> int:
 def shard_paths(folder: Path) -> list[Path]:
     """The safetensors files that transformers would read.  Raises ValueError for an index that is damaged, or that names what is
     not there or not in the folder."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return [folder / SAFE_WEIGHTS_NAME]
+    index = folder / SAFETENSORS_INDEX_FILE
+    if (folder / SAFETENSORS_SINGLE_FILE).is_file():
+        return [folder / SAFETENSORS_SINGLE_FILE]
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
     if index.stat().st_size > LARGEST_INDEX:

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ptq.export.files import check_output
 from ptq.pipeline.calibration import Given
-from ptq.pipeline.run import GivenRules, run
+from ptq.pipeline.run import run
+from ptq.run.rules import GivenRules
 from ptq.run.summary import scores_of, summary
 from ptq.settings import Settings
 

@@ -3,16 +3,25 @@
 import csv
 import json
 import re
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ptq.cost.estimate import floor_seconds, memory, seconds
+from ptq.cost.preview import make_preview
 from ptq.cost.shape import operations, shape_of
 from ptq.export.files import existing_parent
+from ptq.models.families import FAMILIES
+from ptq.models.headers import PLAIN, Headers, from_headers
+from ptq.models.loading import open_model
 from ptq.run.plan import make_plan
 from ptq.run.recipe import Recipe
+from ptq.run.rules import all_rules
 from ptq.run.settings import DRIFTS
+from ptq.settings import Settings
 
 from .conftest import ROOT
 from .test_script import main  # noqa: F401  # a fixture
@@ -73,6 +82,44 @@ def test_the_plan_lists_everything_that_will_not_work(main, tmp_path, capsys, mo
     assert "--ignore 'nothing' matches no linear" in printed
     assert "128 calibration tokens are fewer than the 172 input columns" in printed
     assert len(re.findall("^problem: ", printed, flags=re.M)) == 5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", PLAIN)
+def test_headers_tell_what_the_model_itself_tells(tmp_path, family, tied):
+    """Plan, shape, sizes and costs; to the last field."""
+    save_tiny(tmp_path, family, tie_word_embeddings=tied)
+    adapters = from_headers(str(tmp_path)), open_model(str(tmp_path))[0]
+    rules = all_rules(Settings(effort="best"), [], ())
+    how = {"batch": None, "on_host": None, "ranks": 1, "output": tmp_path, "cores": 2}
+    found, known = (replace(make_preview(adapter, rules, 64, 128, "sampled", **how), free=0) for adapter in adapters)
+    assert isinstance(adapters[0], Headers) and found == known and len(known.plan.linears) == 14
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - PLAIN.keys()))
+def test_models_of_other_families_are_opened(tmp_path, family):
+    save_tiny(tmp_path, family)
+    assert from_headers(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention_bias": True}, {"num_hidden_layers": 1}, {"intermediate_size": 64}, {"quantization_config": {"a": 1}}],
+)
+def test_models_that_their_config_does_not_describe_are_opened(tmp_path, changes):
+    save_tiny(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert from_headers(str(tmp_path)) is None
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_plain_model_loads_no_transformers(tmp_path):
+    """Which takes twice as long as all of the rest."""
+    save_tiny(tmp_path)
+    code = "import sys; from ptq.cli import main; main(sys.argv[1:]); print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, "plan", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-2:] == ["nothing that cannot work was found", "False"], done.stderr
 
 
 def test_the_plan_tells_the_size_of_the_checkpoint(main, tmp_path, capsys):  # noqa: F811

@@ -70,9 +70,18 @@ def test_a_whole_run(script, job, capsys):
     assert first["tasks"]["arc_easy"]["samples"] == 6
     printed = capsys.readouterr().out
     assert printed.strip() == (folder / "out" / "run.md").read_text().strip()
-    assert "| scored in | token_ppl@64 |" in printed and "arc_easy acc_norm" in printed and "ln token_ppl" in printed
+    assert (
+        "| KL to first (nats a token) | token perplexity, windows of 64 |" in printed
+        and "arc_easy acc_norm" in printed
+        and "ln token_ppl" in printed
+    )
     page = (folder / "out" / "run.html").read_text()
-    assert page.count("<svg") == 2 and not re.search(r"(src|href)=|url\(|@import|<script", page)
+    assert len(first["text"]["sample"]["prompt"].split()) == 32 and first["text"]["sample"] == other["text"]["sample"]
+    assert (
+        page.count('class="dot"') >= 4
+        and 'class="unsure"' in page
+        and not re.search(r"(src|href)=|url\(|@import|<script", page)
+    )
 
 
 def test_results_survive_an_interruption_and_are_reused_on_request_only(script, job, capsys, monkeypatch):

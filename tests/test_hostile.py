@@ -382,6 +382,7 @@ def test_markup_in_the_names_of_models_is_shown_not_followed():
     facts = {"dtype": "<b>", "bytes": 1, "load_seconds": 1.0, "tasks": {}, "versions": {"<i>": "<u>"}, "device": "<s>"}
     scores = {"protocol": {"window": 8, "stride": 8, "bos": "<q>", "text": "<h1>"}, "tokens": 8, "windows": 1, "token_ppl": 2.0}
     scores |= {"kl": 0.0, "kl_stderr": None, "agreement": 1.0, "fingerprint": "x", "items": [[1.0, 2], [2.0, 2], [4.0, 2]]}
+    scores |= {"sample": {"prompt": "<script>", "greedy": "<img>"}}
     results = [
         facts | {"label": label, "bits_per_weight": 4.0 + i, "text": scores | {"bits_per_byte": 1.0 + i, "fingerprint": i}}
         for i, label in enumerate(labels)

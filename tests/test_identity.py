@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ptq.models import identity, loading
+from ptq.models import identity, loading, location
 from ptq.models.identity import RAW_PIECE, RAW_PIECES, ModelFiles, digest, pieces, spans
 from ptq.run.resume import code_version, fingerprint
 
@@ -67,7 +67,7 @@ def test_pieces_of_what_is_small_are_all_of_it(tmp_path):
 def test_a_model_of_the_hub_is_known_by_its_commit_too(tmp_path, monkeypatch):
     folder = tmp_path / "models--some--model" / "snapshots" / "c0ffee"
     save_tiny(folder)
-    monkeypatch.setattr(loading, "fetch", lambda _source: str(folder))
+    monkeypatch.setattr(location, "snapshot_download", lambda _source, **_how: str(folder))
     files = loading.open_model("some/model")[2]
     assert files.identity() == ModelFiles(files.files).identity() | {"commit": "c0ffee"}
 

@@ -51,6 +51,7 @@ def imports(path: Path) -> set[str]:
     return found | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
 
 
+@pytest.mark.skipif(not (ROOT / "kernels").exists(), reason="an sdist has the folders themselves in ptq/, and no links")
 @pytest.mark.parametrize("folder", LINKED)
 def test_root_folders_are_linked_and_have_no_init(folder):
     link = ROOT / "ptq" / folder

@@ -13,7 +13,7 @@ import argparse
 from dataclasses import fields, replace
 from pathlib import Path
 
-from ptq.cli.arguments import answered, as_record, check_least, default_device, quiet_transformers
+from ptq.cli.arguments import answered, as_record, check_least, quiet_transformers
 from ptq.settings import CASES, FORMAT_NAMES, Comparison
 
 
@@ -49,9 +49,10 @@ def parse_arguments(argv: list[str] | None, prog: str | None = None) -> Comparis
 def compare(settings: Comparison) -> int:
     from ptq.eval.report import markdown
     from ptq.pipeline.compare import run
+    from ptq.runtime.distributed import local_device
 
     quiet_transformers()
-    print(markdown(run(replace(settings, device=settings.device or default_device()))), end="")
+    print(markdown(run(replace(settings, device=local_device(settings.device)))), end="")
     return 0
 
 

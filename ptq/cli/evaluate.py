@@ -13,7 +13,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from ptq.cli.arguments import answered, as_record, check_least, default_device, quiet_transformers
+from ptq.cli.arguments import answered, as_record, check_least, quiet_transformers
 from ptq.settings import Evaluation
 
 
@@ -66,10 +66,11 @@ def parse_arguments(argv: list[str] | None, prog: str | None = None) -> Evaluati
 def evaluate(settings: Evaluation) -> int:
     from ptq.eval.report import markdown
     from ptq.pipeline.evaluate import run
+    from ptq.runtime.distributed import local_device
 
     quiet_transformers()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    print(markdown(run(replace(settings, device=settings.device or default_device()))), end="")
+    print(markdown(run(replace(settings, device=local_device(settings.device)))), end="")
     return 0
 
 

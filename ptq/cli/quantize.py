@@ -15,7 +15,7 @@ import warnings
 from dataclasses import fields
 from pathlib import Path
 
-from ptq.cli.arguments import as_record, quiet_transformers
+from ptq.cli.arguments import answered, as_record, quiet_transformers
 from ptq.settings import (
     ACTIVATION_NAMES,
     DRIFTS,
@@ -107,20 +107,27 @@ def parse_arguments(argv: list[str] | None, prog: str | None = None) -> tuple[ar
 
 
 def quantize(args: argparse.Namespace, settings: Settings) -> str | None:
-    """What to print: the plan, or the report in short; on ranks other than 0 None."""
-    from ptq.pipeline.run import preview, run
+    """The report in short; on ranks other than 0 None."""
+    from ptq.pipeline.run import run
     from ptq.run.summary import summary
 
-    if args.plan:
-        return preview(args.model, settings, args.output).text()
     with tempfile.TemporaryDirectory() as temporary:
         output = args.output or Path(temporary) / "checkpoint"
         report = run(args.model, settings, output.absolute())
     return None if report is None else summary(report)
 
 
+def tell_plan(args: argparse.Namespace, settings: Settings) -> int:
+    from ptq.pipeline.preview import preview
+
+    print(preview(args.model, settings, args.output).text())
+    return 0
+
+
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args, settings = parse_arguments(argv, prog)
+    if args.plan:
+        return answered(lambda: tell_plan(args, settings))
     import torch
     from safetensors import SafetensorError
 

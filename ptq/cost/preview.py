@@ -13,7 +13,7 @@ from ptq.cost.shape import Shape, shape_of
 from ptq.export.files import existing_parent
 from ptq.run.plan import Plan, examine
 from ptq.run.recipe import Rules
-from ptq.runtime.adapter import Adapter
+from ptq.runtime.adapter import Skeleton
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def minutes(seconds: float) -> str:
 
 
 def make_preview(
-    adapter: Adapter,
+    adapter: Skeleton,
     rules: Rules,
     sequences: int,
     length: int,

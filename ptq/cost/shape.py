@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ptq.calibrate.importance import SEGMENT
 from ptq.run.plan import Pass, Plan
-from ptq.runtime.adapter import Adapter, Layer, LayerPlan
+from ptq.runtime.adapter import Layer, LayerPlan, Skeleton
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def layer_shape(layer: Layer, plan: LayerPlan, passes: tuple[Pass, ...]) -> Laye
     return LayerShape(tuple(groups), parts, any(plan.output in group.names for part in passes[-1:] for group in part))
 
 
-def shape_of(plan: Plan, adapter: Adapter, sequences: int, length: int, importance: str) -> Shape:
+def shape_of(plan: Plan, adapter: Skeleton, sequences: int, length: int, importance: str) -> Shape:
     layers = zip(adapter.skeleton(), plan.layers, plan.passes, strict=True)
     shapes = Counter(layer_shape(*each) for each in layers)
     model, recipes = adapter.model, plan.recipes.values()

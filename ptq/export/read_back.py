@@ -47,9 +47,18 @@ Loaded = tuple[Any, set[str], set[str]]
 """A model, the names of tensors it needs and the files lack, and of those for which it has no place."""
 
 
-def load_checkpoint(folder: Path, *, experts: bool, attention: str) -> Any:
-    """The model of a checkpoint of ours in bfloat16; its weights are unpacked at the first forward."""
-    return loader(experts)(folder, AutoConfig.from_pretrained(folder), attention)[0].eval()
+@torch.no_grad()
+def load_checkpoint(folder: Path, *, experts: bool, attention: str, device: str | torch.device, dtype: torch.dtype) -> Any:
+    """The model of a checkpoint of ours, its weights unpacked and in `dtype`.
+
+    What is not in bfloat16, scales and buffers, stays as it is: `model.to(bfloat16)` would round rotary frequencies.
+    """
+    model = loader(experts)(folder, AutoConfig.from_pretrained(folder), attention)[0].eval().to(device)
+    model(torch.zeros(1, 2, dtype=torch.int64, device=device))  # weights are unpacked at the first forward
+    for parameter in model.parameters():
+        if parameter.dtype == DTYPE:
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def loader(experts: bool) -> Callable[[Path, PretrainedConfig, str], Loaded]:

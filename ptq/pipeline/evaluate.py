@@ -19,7 +19,8 @@ from ptq.eval.logits import run as run_model
 from ptq.eval.report import markdown, page
 from ptq.eval.results import labels, provenance, stamp, surroundings, write
 from ptq.eval.text import First, Text, measure_text, tokenize
-from ptq.models.loading import locate, quiet
+from ptq.models.loading import quiet
+from ptq.models.location import locate
 from ptq.settings import Evaluation
 
 

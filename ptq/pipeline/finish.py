@@ -16,6 +16,7 @@ from ptq.calibrate.inputs import inputs_of, quantized_inputs
 from ptq.core.packing import Quantized
 from ptq.eval.paired import difference
 from ptq.eval.perplexity import dtype_of, score_models, summarize
+from ptq.eval.sample import greedy_sample
 from ptq.export.checkpoint import ReadBackError, write_rest
 from ptq.export.read_back import layers_that_fit, load_checkpoint, verify
 from ptq.models.adapter import ModelAdapter
@@ -31,7 +32,6 @@ from ptq.run.settings import base_recipe
 from ptq.settings import OF_THE_MACHINE, Settings, command
 
 VERIFY_TOKENS = 128
-PROMPT_TOKENS, SAMPLE_TOKENS = 32, 32
 
 
 def finish(
@@ -78,17 +78,16 @@ def compare(source: Source, settings: Settings, folder: Path, windows: Tensor, j
     with quiet():
         original = source.load()
         attention = str(source.adapter.config._attn_implementation)
-        checkpoint = load_checkpoint(folder, experts=source.adapter.has_experts, attention=attention).to(device)
-        checkpoint(windows[:1, :2].to(device))  # weights are unpacked at the first forward
-        checkpoint.to(dtype=original.dtype)
+        how = {"experts": source.adapter.has_experts, "attention": attention, "device": device, "dtype": original.dtype}
+        checkpoint = load_checkpoint(folder, **how)
     baseline = copy.deepcopy(original)
     models = {"original": original, "rtn": baseline, label: checkpoint}
     with quantized_inputs(baseline, inputs_of(round_to_nearest(baseline, job))):
         scored = score_models(models, tqdm(windows, "evaluate", unit="window", disable=hidden))
-    prompt = windows[0, :PROMPT_TOKENS]
-    samples = {name: source.tokenizer.decode(continuation(models[name], prompt)) for name in ("original", label)}
+    samples = {name: greedy_sample(models[name], source.tokenizer, windows[0]) for name in ("original", label)}
     found: dict = {name: asdict(replace(summarize(one), dtype=dtype_of(models[name]))) for name, one in scored.items()}
-    found["samples"] = {"prompt": source.tokenizer.decode(prompt), **samples}
+    prompt = samples["original"]["prompt"]
+    found["samples"] = {"prompt": prompt} | {name: sample["greedy"] for name, sample in samples.items()}
     if label == "rtn":  # the baseline itself
         return found
     kl = [[(window.kl, window.tokens) for window in scored[name]] for name in ("rtn", label)]
@@ -96,18 +95,6 @@ def compare(source: Source, settings: Settings, folder: Path, windows: Tensor, j
     stderr = None if math.isnan(change.stderr) else change.stderr
     about = {"value": change.value, "stderr": stderr, "windows": change.items, "windows_needed": change.items_needed}
     return found | {"kl_against_rtn": about}
-
-
-@torch.no_grad()
-def continuation(model: PreTrainedModel, prompt: Tensor) -> Tensor:
-    """The likeliest next token, again and again: SAMPLE_TOKENS ids, none of which ends it."""
-    tokens, past = prompt[None].to(model.device), None
-    found: list[Tensor] = []
-    for _ in range(SAMPLE_TOKENS):
-        output = model(tokens, past_key_values=past, use_cache=True)
-        past, tokens = output.past_key_values, output.logits[:, -1:].argmax(-1)
-        found.append(tokens[0])
-    return torch.cat(found)
 
 
 def round_to_nearest(model: PreTrainedModel, job: Job) -> dict[str, Quantized]:

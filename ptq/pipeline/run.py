@@ -1,9 +1,7 @@
 """A whole run, for the command and the library: settings and a model in, a checkpoint and its report out."""
 
 import json
-import os
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,28 +11,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq.calibrate.activations import default_batch
 from ptq.cost.estimate import disk_bytes
-from ptq.cost.preview import Preview, make_preview
 from ptq.cost.shape import shape_of
 from ptq.export.compressed_tensors import CompressedTensors
 from ptq.export.files import check_output, save_text
 from ptq.export.manifest import write_manifest
-from ptq.models.loading import open_model, quiet
+from ptq.models.loading import quiet
 from ptq.pipeline.calibration import Given, Windows, make_windows, read_calibration
 from ptq.pipeline.card import model_card
 from ptq.pipeline.finish import finish
 from ptq.pipeline.progress import bars
 from ptq.pipeline.source import Source, open_source
 from ptq.run.job import Job, do_layers
-from ptq.run.plan import Plan, make_plan, named_format
-from ptq.run.recipe import Recipe, Rules, as_rules
-from ptq.run.recipe_file import read_recipe
+from ptq.run.plan import Plan, make_plan
+from ptq.run.recipe import Rules
 from ptq.run.resume import Unfinished, fingerprint, is_complete, unfinished_folder
+from ptq.run.rules import GivenRules, all_rules, described, file_rules
 from ptq.run.settings import base_recipe
 from ptq.runtime.distributed import init_process_group, local_device
 from ptq.settings import OF_THE_MACHINE, OF_THE_TEXT, PLACES, Settings
-
-GivenRules = Sequence[tuple[str, Recipe | str | None]]
-"""(pattern, recipe) as ptq.run.recipe.Rules; a format's name stands for the settings' recipe in that format."""
 
 
 def run(
@@ -104,7 +98,7 @@ def prepare(
     rules: GivenRules,
 ) -> Work:
     """Reads no weights of a model in safetensors files.  Raises ValueError for everything that is known to fail."""
-    device = local_device(settings.device or default_device())
+    device = local_device(settings.device)
     settings = replace(settings, device=device)
     of_file = file_rules(settings)
     recipe_rules = all_rules(settings, of_file, rules)
@@ -116,21 +110,6 @@ def prepare(
     job = make_job(source, settings, windows, plan, torch.device(device))
     about = fingerprint(source.identity(), windows.calibration, what_bytes_depend_on(settings, of_file, rules), job.device)
     return Work(source, settings, windows, job, about)
-
-
-def file_rules(settings: Settings) -> Rules:
-    return read_recipe(Path(settings.recipe)) if settings.recipe else []
-
-
-def all_rules(settings: Settings, of_file: Rules, rules: GivenRules) -> Rules:
-    """The settings' own recipe for every linear, or the rules of their file, then what `rules` say, then what is to be ignored."""
-    settings = settings.complete()
-    base = base_recipe(settings)
-    if settings.token_importance == "none" and any(recipe and recipe.row_feedback for _, recipe in of_file):
-        raise ValueError("a rule has row feedback, which needs --token-importance text or sampled")
-    of_format = {name: named_format(name, settings.block) for _, name in rules if isinstance(name, str)}
-    named = [(pattern, replace(base, format=of_format[how]) if isinstance(how, str) else how) for pattern, how in rules]
-    return as_rules([*(of_file or [("re:.*", base)]), *named], settings.ignore)
 
 
 def make_job(source: Source, settings: Settings, windows: Windows, plan: Plan, device: torch.device) -> Job:
@@ -152,27 +131,5 @@ def what_bytes_depend_on(settings: Settings, of_file: Rules, rules: GivenRules) 
     return chosen | ({"rules": described(rules)} if rules else {})
 
 
-def described(rules: GivenRules) -> list[str]:
-    return [f"{pattern}: {how or 'left alone'}" for pattern, how in rules]
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def dtype_of(settings: Settings) -> torch.dtype | None:
     return None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-
-
-def preview(model: str, settings: Settings, output: Path | None = None) -> Preview:
-    """What `run` would do, from the headers of the model's files; no weights and no text are read."""
-    settings = settings.complete()
-    with quiet():
-        adapter, _, _ = open_model(model, dtype=dtype_of(settings), device="cpu")
-    assert settings.sequences is not None and settings.token_importance is not None
-    return make_preview(
-        adapter, all_rules(settings, file_rules(settings), ()), settings.sequences, settings.length,
-        settings.token_importance, batch=settings.batch, on_host=PLACES[settings.hidden_states],
-        ranks=int(os.environ.get("WORLD_SIZE", 1)), output=output or Path("output"),
-        cores=torch.get_num_threads() if (settings.device or default_device()) == "cpu" else 0,
-    )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import nn
 from ptq.core.activations import ActivationFormat
 from ptq.core.formats import Format, get_format
 from ptq.run.recipe import Recipe, Rules, as_rules, matches, recipe_of
-from ptq.runtime.adapter import Adapter, Group, Layer, LayerPlan
+from ptq.runtime.adapter import Group, Layer, LayerPlan, Skeleton
 from ptq.runtime.checks import check_finite
 
 BLOCKS = (32, 64, 128, 256)
@@ -98,7 +98,7 @@ class Plan:
         return 2 * (parameters - self.weights) + int(sum(bits.values()) / 8)
 
 
-def make_plan(adapter: Adapter, recipe: Recipe | Rules, ignore: Iterable[str] = ()) -> Plan:
+def make_plan(adapter: Skeleton, recipe: Recipe | Rules, ignore: Iterable[str] = ()) -> Plan:
     """What to do by `recipe`, one for all linears or rules (ptq.run.recipe), leaving alone those that `ignore` matches.
 
     Raises ValueError that names the linear and the remedy for: a shape the block does not divide, a non-finite weight,
@@ -110,7 +110,7 @@ def make_plan(adapter: Adapter, recipe: Recipe | Rules, ignore: Iterable[str] = 
     return plan
 
 
-def examine(adapter: Adapter, rules: Rules) -> tuple[Plan, list[str]]:
+def examine(adapter: Skeleton, rules: Rules) -> tuple[Plan, list[str]]:
     """What to do, and everything for which `make_plan` raises."""
     recipes: dict[str, Recipe] = {}
     linears: dict[str, tuple[int, int]] = {}

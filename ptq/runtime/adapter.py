@@ -64,11 +64,8 @@ class LayerPlan:
         return next((names for names in self.fused if name in names), (name,))
 
 
-class Adapter(Protocol):
-    """A model as a chain of layers.  Layers come one by one, so an adapter may read each from disk when it is asked for."""
-
-    names: tuple[str, ...]
-    """Full names of the layers, first to last."""
+class Skeleton(Protocol):
+    """What a plan needs to know of a model as a chain of layers."""
 
     @property
     def model(self) -> Any:
@@ -84,16 +81,23 @@ class Adapter(Protocol):
         """How many there are."""
         ...
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids (n, length) -> the first layer's input (n, length, d)."""
-        ...
-
     def skeleton(self) -> Iterator[Layer]:
         """The layers, whose tensors may be on the meta device."""
         ...
 
     def plan(self, layer: Layer) -> LayerPlan:
         """How the layer's linears hang together."""
+        ...
+
+
+class Adapter(Skeleton, Protocol):
+    """A model as a chain of layers.  Layers come one by one, so an adapter may read each from disk when it is asked for."""
+
+    names: tuple[str, ...]
+    """Full names of the layers, first to last."""
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids (n, length) -> the first layer's input (n, length, d)."""
         ...
 
     def layers(self, order: Sequence[int] | None = None) -> Iterator[Layer]:

@@ -168,8 +168,9 @@ def init_process_group(device: torch.device, *, deterministic: bool = False) -> 
     dist.destroy_process_group()  # not after an error: the others may be waiting in the middle of something, torchrun ends them
 
 
-def local_device(device: str) -> str:
-    """The device of this process among those that torchrun started on the machine."""
+def local_device(device: str | None = None) -> str:
+    """The device of this process among those that torchrun started on the machine.  None: a GPU where there is one."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
