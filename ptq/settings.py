@@ -19,6 +19,9 @@ EFFORTS: dict[str, dict] = {
     "default": {"rule": "joint", "token_importance": "none", "drift": "full", "row_feedback": False},
     "best": {"rule": "joint", "token_importance": "sampled", "drift": "full", "row_feedback": True},
 }
+# Rounded to so few bits, inputs are noisy, and drift at full strength does harm on text unlike the calibration's
+# (docs/activations.md has the numbers): the default effort makes half of it good.
+NOISY = ("nvfp4", "mxfp4")
 RTN = {"rule": "local", "token_importance": "none", "drift": "none", "row_feedback": False}
 # How much of what earlier layers lost is made good, and from how many passes.
 DRIFTS: dict[str, dict] = {
@@ -50,6 +53,11 @@ OF_THE_MACHINE = ("device", "resume", "batch", "hidden_states")
 # Fields that say nothing of the method: texts are known by their tokens, `recipe` by its rules, `block` by what comes of it.
 OF_THE_TEXT = ("calibration", "sequences", "length", "validation", "evaluate", "windows")
 LEAST = {"sequences": 1, "windows": 1, "length": 2, "batch": 1, "validation": 0}
+
+
+def settings_of_effort(effort: str, activations: str = "none") -> dict[str, Any]:
+    """What GPTQ does at that effort, with inputs rounded to those activations."""
+    return EFFORTS[effort] | ({"drift": "half"} if effort == "default" and activations in NOISY else {})
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ class Settings:
 
     def complete(self) -> "Settings":
         """The same with every choice made that effort, method and text leave open."""
-        chosen = EFFORTS[self.effort] if self.method == "gptq" else RTN
+        chosen = settings_of_effort(self.effort, self.activations) if self.method == "gptq" else RTN
         filled: dict[str, Any] = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         if self.sequences is None:
             filled["sequences"] = 64 if self.calibration == "builtin" else 128

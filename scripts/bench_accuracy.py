@@ -99,7 +99,7 @@ def runs_of(args: argparse.Namespace) -> list[tuple[dict, Recipe]]:
     for name, inputs in zip(args.formats, args.activations * (len(args.formats) // len(args.activations)), strict=True):
         format, activation = named_format(name, args.block), get_activation(inputs)
         label = name if name != "int4" else f"{name}_g{format.block}"
-        for case in map(settings_of, args.cases):
+        for case in (settings_of(case, inputs) for case in args.cases):
             for damp in args.damp if case["method"] == "gptq" else args.damp[:1]:
                 settings = {"format": label, "activations": inputs, **case, "damp": damp, "ridge": args.ridge}
                 runs.append((settings, make_recipe(format, case, damp, ridge=args.ridge, activation=activation)))

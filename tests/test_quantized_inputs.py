@@ -17,6 +17,7 @@ from ptq.run.plan import make_plan
 from ptq.run.recipe import Recipe
 from ptq.run.settings import make_recipe, settings_of
 from ptq.runtime.hooks import observe_inputs
+from ptq.settings import Settings
 
 from .tiny import tiny_model
 
@@ -107,9 +108,17 @@ def test_w4a4_of_a_trained_model_loses_less_with_each_effort(shared: Path, forma
     kl = {}
     for case in ("rtn-absmax-none", "fast", "default"):
         model, _ = load_model(str(shared / "babyllama-tok105"), dtype=torch.float32, device="cpu")
-        recipe = make_recipe(format, settings_of(case), activation=activation)
+        recipe = make_recipe(format, settings_of(case, activation.name), activation=activation)
         found = quantize_model(ModelAdapter(model), recipe, Calibration(tokens.split(16)))
         with quantized_inputs(model, inputs_of({record.name: weight for record, weight in found})):
             text = windows("eval_text", "tinystories_sample.txt")[:12]
             kl[case] = evaluate({"original": original, "other": model}, text)["other"].kl
     assert kl["default"] < kl["fast"] < kl["rtn-absmax-none"], kl
+
+
+@pytest.mark.parametrize("activations, drift", [("none", "full"), ("nvfp4", "half"), ("mxfp4", "half"), ("fp8", "full")])
+def test_the_default_makes_half_of_the_drift_good_where_inputs_are_noisy(activations, drift):
+    """docs/activations.md has the numbers."""
+    assert Settings(activations=activations).complete().drift == settings_of("default", activations)["drift"] == drift
+    assert Settings(activations=activations, effort="best").complete().drift == "full"
+    assert Settings(activations=activations, drift="none").complete().drift == "none"

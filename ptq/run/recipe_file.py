@@ -22,7 +22,7 @@ import yaml
 from ptq.core.activations import get_activation
 from ptq.run.plan import named_format
 from ptq.run.recipe import Recipe, Rules
-from ptq.run.settings import DRIFTS, EFFORTS
+from ptq.settings import DRIFTS, EFFORTS, RTN, settings_of_effort
 
 LARGEST_FILE = 2**16
 # Key -> the type of its value.
@@ -86,14 +86,15 @@ def recipe_from(rule: Mapping[str, Any]) -> Recipe:
     format, method = named_format(rule.get("format", "nvfp4"), rule.get("block")), rule.get("method", "gptq")
     if "effort" in rule and method != "gptq":
         raise ValueError(f"effort is of method gptq, not {method}")
-    usual = EFFORTS[rule.get("effort", "default")] if method == "gptq" else {"rule": "local", "drift": "none"}
+    activations = rule.get("activations", "none")
+    usual = settings_of_effort(rule.get("effort", "default"), activations) if method == "gptq" else RTN
     rule_name = rule.get("rule", usual["rule"] if format.block else "mse")
     return Recipe(
         format,
         method,
         rule_name,
         rule.get("damp", 0.01),
-        activation=get_activation(rule.get("activations", "none")),
+        activation=get_activation(activations),
         row_feedback=rule.get("row_feedback", usual.get("row_feedback", False)),
         **DRIFTS[rule.get("drift", usual["drift"])],
     )

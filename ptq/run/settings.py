@@ -10,14 +10,14 @@ from ptq.core.scales import RULES
 from ptq.methods import METHODS
 from ptq.run.plan import with_block
 from ptq.run.recipe import Recipe
-from ptq.settings import DRIFTS, EFFORTS, IMPORTANCES, Settings
+from ptq.settings import DRIFTS, EFFORTS, IMPORTANCES, Settings, settings_of_effort
 
 
-def settings_of(case: str) -> dict:
-    """What an effort sets, or a case METHOD-RULE-IMPORTANCE[-half|-full][-rows][-frozen]: method, what `EFFORTS` names, frozen, and
-    `effort`, "" where the case is none.  Raises ValueError for neither."""
+def settings_of(case: str, activations: str = "none") -> dict:
+    """What an effort sets with those activations, or a case METHOD-RULE-IMPORTANCE[-half|-full][-rows][-frozen]: method, what
+    `EFFORTS` names, frozen, and `effort`, "" where the case is none.  Raises ValueError for neither."""
     if case in EFFORTS:
-        return {"method": "gptq", **EFFORTS[case], "frozen": False, "effort": case}
+        return {"method": "gptq", **settings_of_effort(case, activations), "frozen": False, "effort": case}
     method, rule, importance, *more = [*case.split("-"), "", ""]
     drift = next((word for word in more if word in DRIFTS), "none")
     fits = method in METHODS and rule in RULES and importance in IMPORTANCES
@@ -29,7 +29,7 @@ def settings_of(case: str) -> dict:
     chosen = {"rule": rule, "token_importance": importance, "drift": drift, "row_feedback": "rows" in more}
     frozen = "frozen" in more
     known = method == "gptq" and not frozen
-    effort = next((name for name, settings in EFFORTS.items() if known and settings == chosen), "")
+    effort = next((name for name in EFFORTS if known and settings_of_effort(name, activations) == chosen), "")
     return {"method": method, **chosen, "frozen": frozen, "effort": effort}
 
 
