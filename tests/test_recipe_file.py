@@ -8,6 +8,7 @@ from ptq.models.adapter import ModelAdapter
 from ptq.run.plan import make_plan
 from ptq.run.recipe import Recipe, recipe_of
 from ptq.run.recipe_file import LARGEST_FILE, read_recipe
+from ptq.settings import DRIFTS
 
 from .tiny import tiny_model
 
