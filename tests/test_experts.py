@@ -11,6 +11,7 @@ from ptq.calibrate.importance import token_importance
 from ptq.calibrate.passes import Original, Passes, Stream
 from ptq.models.adapter import ModelAdapter
 from ptq.models.experts import LinearExperts, experts_of
+from ptq.models.families import FAMILIES
 from ptq.run.loop import Calibration, quantize_model
 from ptq.run.recipe import Recipe
 from ptq.run.settings import DRIFTS
@@ -21,7 +22,7 @@ from .test_runner import tokens
 from .test_script import main  # noqa: F401  # a fixture
 from .tiny import TEXT, save_tiny, tiny_model
 
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+MIXTURES = [name for name, family in FAMILIES.items() if family.experts]
 
 
 def first_mixture(adapter: ModelAdapter):
@@ -34,10 +35,11 @@ def first_mixture(adapter: ModelAdapter):
 def test_linear_experts_are_the_fused_ones_to_the_bit(family, dtype):
     model = tiny_model(family, dtype)
     fused = next(module for module in model.modules() if hasattr(module, "gate_up_proj") and module.gate_up_proj.dim() == 3)
-    names = ("a", "b", "c")
     x, index, weights = torch.randn(30, 64, dtype=dtype), torch.randint(0, 3, (30, 2)), torch.rand(30, 2)  # nobody to expert 3
     index[:, 1] = (index[:, 0] + 1) % 3
-    linear = LinearExperts(fused, names)
+    experts = FAMILIES[family].experts
+    assert experts
+    linear = LinearExperts(fused, replace(experts, names=("a", "b", "c")))
     assert torch.equal(linear(x, index, weights), fused(x, index, weights))
     assert set(linear.routing) == {0, 1, 2} and sum(map(len, linear.routing.values())) == 60
 
@@ -150,12 +152,13 @@ def test_importance_and_row_feedback_know_of_experts():
     assert any(record.validation_error is not None for record in records if ".experts." in record.name)
 
 
-def test_an_unfinished_mixture_goes_on_to_the_same_bytes(main, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "gpt_oss"])
+def test_an_unfinished_mixture_goes_on_to_the_same_bytes(main, tmp_path, monkeypatch, family):  # noqa: F811
     from ptq.run.resume import Unfinished
 
     from .test_unfinished import contents, full_at_the_second
 
-    save_tiny(tmp_path / "model", "mixtral", num_hidden_layers=3)
+    save_tiny(tmp_path / "model", family, num_hidden_layers=3)
     (tmp_path / "text.txt").write_text(TEXT)
     text = ["--calibration", str(tmp_path / "text.txt"), "--sequences", "4", "--length", "32", "--device", "cpu"]
     arguments = [str(tmp_path / "model"), *text, "--output"]
