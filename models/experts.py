@@ -129,11 +129,14 @@ def by_expert(index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
 
 def linearize(model: nn.Module, stacking: Stacking) -> None:
     """Puts plain linears in the place of every fused experts module of the model."""
-    for name, module in list(model.named_modules()):
-        if not isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
-            continue
+    for name in fused_experts(model):
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LinearExperts(module, stacking))
+        setattr(model.get_submodule(parent), child, LinearExperts(model.get_submodule(name), stacking))
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Names of the modules that keep a layer's experts stacked."""
+    return [name for name, part in model.named_modules() if isinstance(getattr(part, "gate_up_proj", None), nn.Parameter)]
 
 
 def experts_of(module: nn.Module) -> list[LinearExperts]:

@@ -108,6 +108,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_moe": QWEN_MOE,
     "olmoe": QWEN_MOE,
+    "llama4_text": Family(  # without its mixture, whose experts are given all tokens
+        (ATTENTION, ("feed_forward.gate_proj", "feed_forward.up_proj")),
+        residual={"self_attn.o_proj": 1.0, "feed_forward.down_proj": 1.0},
+    ),
     "granitemoe": Family(
         (ATTENTION, GRANITE_EXPERTS),
         residual=granite,

@@ -39,7 +39,7 @@ def test_groups_hold_every_linear_of_a_layer_once_but_those_to_keep(family):
         grouped = [name for group in plan.groups for name in group]
         assert set(grouped) == linears - set(plan.keep) and len(grouped) == len(set(grouped))
         assert all(any(set(fused) <= set(group) for group in plan.groups) for fused in plan.fused)
-        assert set(plan.residual) <= set(grouped) and plan.output in (None, "mlp.down_proj")
+        assert set(plan.residual) <= set(grouped) and plan.output in (None, "mlp.down_proj", "feed_forward.down_proj")
         experts = {name for name in grouped if ".experts." in name}
         assert plan.experts == experts and plan.share == (0.5 if experts else 1.0)
         assert {name for names in plan.fused for name in names if "experts" in name} == {
@@ -144,6 +144,12 @@ def test_a_missing_tensor_is_named(tmp_path, load):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"it lacks model.layers.1.mlp.up_proj.weight \(1 tensors in all\)"):
         load(str(tmp_path))
+
+
+def test_experts_that_are_given_all_tokens_are_refused():
+    model = tiny_model("llama4_text", moe_layers=[1], num_local_experts=2)
+    with pytest.raises(ValueError, match=r"layers.1.feed_forward.experts: of model type 'llama4_text' only dense layers"):
+        ModelAdapter(model)
 
 
 def test_a_folder_without_weights_or_tokenizer_is_refused(tmp_path):

@@ -42,6 +42,13 @@ OF_FAMILY: dict[str, dict] = {
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
     "qwen3_moe": EXPERTS | {"norm_topk_prob": True},
     "olmoe": EXPERTS | {"intermediate_size": 32},
+    "llama4_text": {
+        "moe_layers": [],
+        "intermediate_size_mlp": 128,
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 16,
+        "pad_token_id": 0,
+    },
     "granitemoe": EXPERTS | {"intermediate_size": 32, "residual_multiplier": 0.22, "logits_scaling": 4.0},
     "gpt_oss": ALTERNATING
     | EXPERTS

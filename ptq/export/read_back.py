@@ -38,7 +38,7 @@ def verify(
     found = [f"{kind}: {sorted(names)[:3]}" for kind, names in problems.items() if names]
     if found:
         raise ReadBackError(f"the checkpoint does not read back: {'; '.join(found)}")
-    ours = restored_logits(folder, adapter.in_dtype(DTYPE), tokens, formats, layout, len(loaded.get_decoder().layers))
+    ours = restored_logits(folder, adapter.in_dtype(DTYPE), tokens, formats, layout, config.num_hidden_layers)
     theirs = loaded.to(ours.device).eval()(tokens.to(ours.device)).logits
     return float((ours.float() - theirs.float()).abs().max())
 
