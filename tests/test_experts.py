@@ -5,10 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ptq.calibrate.collect import collect
 from ptq.calibrate.importance import token_importance
 from ptq.calibrate.passes import Original, Passes, Stream
+from ptq.core.formats import MXFP4, NVFP4
+from ptq.eval.checkpoint import load_any
+from ptq.export.read_back import load_checkpoint
 from ptq.models.adapter import ModelAdapter
 from ptq.models.experts import LinearExperts, experts_of
 from ptq.models.families import FAMILIES
@@ -18,6 +22,7 @@ from ptq.run.settings import DRIFTS
 from ptq.runtime.distributed import Ranks
 from ptq.runtime.hooks import observe_inputs
 
+from .test_export import TOKENS, export
 from .test_runner import tokens
 from .test_script import main  # noqa: F401  # a fixture
 from .tiny import TEXT, save_tiny, tiny_model
@@ -168,3 +173,30 @@ def test_an_unfinished_mixture_goes_on_to_the_same_bytes(main, tmp_path, monkeyp
     assert main([*arguments, str(tmp_path / "out"), "--resume"]) == 0
     assert main([*arguments, str(tmp_path / "again")]) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "rules", [NVFP4, [("re:.*", Recipe(MXFP4, "rtn", "mse")), ("re:.*experts", Recipe(NVFP4, "rtn", "mse"))]]
+)
+def test_mixtures_that_transformers_loads_wrong_are_not_scored(tmp_path, rules):
+    """When the last line fails, transformers has learnt it, and the refusal can go."""
+    export(tmp_path, "qwen3_moe", torch.bfloat16, rules)
+    with pytest.raises(ValueError, match="experts in nvfp4-pack-quantized, which transformers does not load right"):
+        load_any(str(tmp_path))
+    right = load_checkpoint(tmp_path, experts=True, attention="sdpa")(TOKENS).logits
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)(TOKENS).logits
+    assert (theirs - right).std() > right.std() / 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family, format", [("qwen3_moe", MXFP4), ("granitemoe", MXFP4), ("gpt_oss", MXFP4)])
+def test_other_mixtures_are_scored_right_or_not_at_all(tmp_path, family, format):
+    """transformers merges experts under the names it knows only; of others it lacks the stacked tensors, and says so."""
+    export(tmp_path, family, torch.bfloat16, format)
+    if family != "qwen3_moe":
+        with pytest.raises(ValueError, match="lacks [0-9]+ tensors of the model"):
+            load_any(str(tmp_path))
+        return
+    right = load_checkpoint(tmp_path, experts=True, attention="sdpa")(TOKENS).logits
+    assert torch.equal(load_any(str(tmp_path)).model(TOKENS).logits, right)
