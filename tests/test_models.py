@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ptq.eval.checkpoint import load_any
 from ptq.models.adapter import ModelAdapter
 from ptq.models.families import FAMILIES
 from ptq.models.loading import load_model, open_model
@@ -78,6 +79,13 @@ def test_eager_attention_and_a_sliding_window_are_the_models_own():
         for layer in adapter.layers():
             hidden = adapter.forward(layer, hidden)
         assert torch.equal(adapter.logits(hidden), model(tokens[:1, :30]).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_evaluations_run_the_attention_that_the_family_needs(tmp_path, family):
+    model, tokens = save_tiny(tmp_path, family), torch.randint(0, 64, (2, 40))
+    assert torch.equal(load_any(str(tmp_path)).model(tokens).logits, model(tokens).logits)
 
 
 def test_unsupported_types_list_the_supported_ones(tmp_path):
