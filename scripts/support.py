@@ -76,12 +76,9 @@ def run_tests() -> list[dict[str, str]]:
 
 
 def engine_differences(rows: list[dict[str, str]]) -> dict[str, dict[str, float]]:
-    """Of each family and format, the largest |NLL in the engine - NLL in transformers| in benchmarks/serving.csv, of the
-    layout that is written."""
+    """Of each family and format, the largest |NLL in the engine - NLL in transformers|."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
-        if row.get("layout", "compressed-tensors") != "compressed-tensors":
-            continue
         name = row["model"].removesuffix("-tiny")
         family = name if name in FAMILIES else "llama"
         worst = found[family].get(row["format"], 0.0)
@@ -92,6 +89,7 @@ def engine_differences(rows: list[dict[str, str]]) -> dict[str, dict[str, float]
 def make_table(support: list[dict[str, str]], serving: list[dict[str, str]]) -> str:
     """Families with the same cells share a line."""
     versions = sorted({f"transformers {row['transformers']}" for row in support})
+    serving = [row for row in serving if row["engine"].startswith("vllm") and row["layout"] == "compressed-tensors"]
     engines = sorted({row["engine"] for row in serving})
     differences = engine_differences(serving)
     lines: dict[tuple[str, str, str], list[str]] = defaultdict(list)

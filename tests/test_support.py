@@ -26,7 +26,9 @@ def test_what_differs_or_was_served_is_in_the_table():
     for row in rows:
         if (row["family"], row["check"]) in (("mixtral", "read back int4"), ("olmo2", "streamed")):
             row["outcome"] = "differs"
-    served = [{"model": "olmoe-tiny", "format": "int4", "engine": "vllm 1", "difference": "-0.0123"}]
+    layout = "compressed-tensors"
+    served = [{"model": "olmoe-tiny", "format": "int4", "layout": layout, "engine": "vllm 1", "difference": "-0.0123"}]
+    served += [served[0] | {"layout": "gguf", "difference": "1"}, served[0] | {"engine": "other", "difference": "1"}]
     table = support.make_table(rows, served)
     assert "| Mixtral | equal | NVFP4, MXFP4 ¹ | not run |" in table and "| OLMo 2 | differs |" in table
     assert "| OLMoE | equal | NVFP4, MXFP4, INT4 ¹ | INT4 .0123 |" in table
