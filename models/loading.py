@@ -124,7 +124,9 @@ def load_config(source: str, where: str, extra: dict[str, str]) -> PretrainedCon
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"{source} is quantized already ({method}); give the original")
+        raise ValueError(
+            f"{source} is quantized already ({method}); give the original, or where that is it, dequantize it first"
+        )
     return config
 
 

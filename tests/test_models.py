@@ -154,6 +154,15 @@ def test_a_missing_tensor_is_named(tmp_path, load):
         load(str(tmp_path))
 
 
+@pytest.mark.parametrize("load", [load_model, open_model])
+def test_gpt_oss_as_released_is_refused(tmp_path, load):
+    save_tiny(tmp_path, "gpt_oss")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantized already \(mxfp4\); give the original, or .* dequantize it first"):
+        load(str(tmp_path))
+
+
 def test_experts_that_are_given_all_tokens_are_refused():
     model = tiny_model("llama4_text", moe_layers=[1], num_local_experts=2)
     with pytest.raises(ValueError, match=r"layers.1.feed_forward.experts: of model type 'llama4_text' only dense layers"):
