@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ptq.core.formats import get_format
 from ptq.models.adapter import ModelAdapter
@@ -40,8 +40,9 @@ def windows(text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows[place < 8], rows[place == 8], rows[place == 9][:HELD_OUT]
 
 
-def make_model(vocabulary: int) -> nn.Module:
-    config = Qwen3MoeConfig(
+def make_model(vocabulary: int) -> PreTrainedModel:
+    config = AutoConfig.for_model(
+        "qwen3_moe",
         vocab_size=vocabulary,
         hidden_size=128,
         num_hidden_layers=2,

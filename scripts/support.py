@@ -22,7 +22,7 @@ from ptq.models.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- made by scripts/support.py -->\n", "<!-- end -->\n"
-FIELDS = ("family", "check", "outcome", "torch", "transformers")
+FIELDS = ["family", "check", "outcome", "torch", "transformers"]
 CHECKS = {
     "test_replaying_the_layers_gives_the_models_logits": "replayed",
     "test_a_streamed_model_is_the_one_in_memory": "streamed",
