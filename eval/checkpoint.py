@@ -42,8 +42,9 @@ def load_any(source: str, *, dtype: torch.dtype | None = None, device: str = "cp
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
         begin = time.perf_counter()
         check_experts(source, config)
+        attention = FAMILIES[config.model_type].attention if config.model_type in FAMILIES else "sdpa"
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
-            where, trust_remote_code=False, attn_implementation="sdpa", output_loading_info=True,
+            where, trust_remote_code=False, attn_implementation=attention, output_loading_info=True,
             **arguments(config, dtype, extra),
         )  # fmt: skip
         model = model.to(device).eval()
@@ -56,13 +57,15 @@ def load_any(source: str, *, dtype: torch.dtype | None = None, device: str = "cp
 
 
 def check_experts(source: str, config: Any) -> None:
-    """Raises ValueError for a mixture in NVFP4 or MXFP4, of whose experts transformers 5.23 leaves the global scales out: it
-    loads without a word and is another model."""
+    """Raises ValueError for a mixture in NVFP4, of whose experts transformers 5.23 leaves the global scales out: it loads
+    without a word and is another model."""
     quantized = getattr(config, "quantization_config", None) or {}
+    parts = [quantized, *(quantized.get("config_groups") or {}).values()]
+    formats = sorted({str(part.get("format")) for part in parts if "nvfp4" in str(part.get("format"))})
     family = FAMILIES.get(config.model_type)
-    if family and family.experts and "fp4" in str(quantized.get("format", "")):
+    if family and family.experts and formats:
         raise ValueError(
-            f"{source} is a mixture of experts in {quantized['format']}, which transformers does not load right; quantize with "
+            f"{source} is a mixture of experts in {formats[0]}, which transformers does not load right; quantize with "
             "--evaluate, which scores it with experts as plain linears, or serve it with vLLM"
         )
 

@@ -54,11 +54,11 @@ def launcher(A: Tensor, U: Tensor, format: Format, rule: str) -> Callable[..., N
     U_blocks, *factors = (part.unflatten(0, (len(U), -1)) for part in (U_blocks, *make(H_blocks, U_blocks, rule)))
 
     def run(columns: slice, blocks: slice, *parts: Tensor) -> None:
-        x, *out = (part[None] for part in parts) if alone else parts
+        x, q, scales, E, loss = (part[None] for part in parts) if alone else parts
         own = [part[:, blocks] for part in factors]
         if format.elements is E2M1:
-            e2m1.launch_panel(x, U[:, columns, columns], U_blocks[:, blocks], own, *out, format, rule)
+            e2m1.launch_panel(x, U[:, columns, columns], U_blocks[:, blocks], own, q, scales, E, loss, format, rule)
         else:
-            int4.launch_block(x, own, *out, format, rule)
+            int4.launch_block(x, own, q, scales, E, loss, format, rule)
 
     return run

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from ptq.models.experts import LinearExperts, experts_of, linearize
+from ptq.models.experts import LinearExperts, experts_of, fused_experts, linearize
 from ptq.models.families import family_of
 from ptq.runtime.adapter import Group, Layer, LayerPlan
 from ptq.runtime.hooks import StopForward, observe_inputs
@@ -31,7 +31,10 @@ class ModelAdapter:
         self.model, self.config = model, model.config
         if self.family.experts:
             linearize(model, self.family.experts)
-        self._body: Any = model.get_decoder()
+        elif found := fused_experts(model):
+            raise ValueError(f"{found[0]}: of model type {model.config.model_type!r} only dense layers are supported")
+        decoder: Any = model.get_decoder()
+        self._body = decoder if hasattr(decoder, "layers") else decoder.model  # Llama 4's decoder is the whole
         self.prefix = next(name for name, module in model.named_modules() if module is self._body) + ".layers."
         self.names = tuple(f"{self.prefix}{index}" for index in range(model.config.num_hidden_layers))
         self._calls: dict[tuple[int, torch.dtype, torch.device], list[Call]] = {}

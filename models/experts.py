@@ -5,22 +5,51 @@ and projection.  Here they are that: modules whose linears can be observed, quan
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ptq.models.families import Stacking
 from ptq.runtime.hooks import routed, together
+
+Combine = Callable[[Tensor, Tensor], Tensor]
+"""(gate(x), up(x)) -> what the last projection is given."""
+
+
+def gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    return activation(gate) * up
+
+
+def clamped_swiglu(alpha: float, limit: float, gate: Tensor, up: Tensor) -> Tensor:
+    """gpt-oss's.  Source: its published model code."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+class ProductLinear(nn.Linear):
+    """x Wᵀ, and then the bias added, where nn.Linear does both at once and rounds once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
 
 
 class Expert(nn.Module):
-    """down(activation(gate(x)) · up(x)), the projections under the names that checkpoints have for them."""
+    """down(combine(gate(x), up(x))), the projections under the names that checkpoints have for them.
 
-    def __init__(self, names: tuple[str, str, str], gate: Tensor, up: Tensor, down: Tensor, activation: Callable):
+    `tensors`: weight, and bias where they have one, of each.
+    """
+
+    def __init__(self, names: tuple[str, str, str], tensors: Mapping[str, Tensor], combine: Combine):
         super().__init__()
-        self.names, self.activation = names, activation
-        for name, weight in zip(names, (gate, up, down), strict=True):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.names, self.combine = names, combine
+        for name in names:
+            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+            kind = nn.Linear if bias is None else ProductLinear
+            linear = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias, requires_grad=bias.requires_grad)
             self.add_module(name, linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -29,23 +58,26 @@ class Expert(nn.Module):
     def inner(self, x: Tensor) -> Tensor:
         """What the last projection is given."""
         gate, up, _ = self.names
-        return self.activation(getattr(self, gate)(x)) * getattr(self, up)(x)
+        return self.combine(getattr(self, gate)(x), getattr(self, up)(x))
 
     def down(self, inner: Tensor) -> Tensor:
         return getattr(self, self.names[2])(inner)
 
 
 class LinearExperts(nn.ModuleList):
-    """Of fused experts (gate_up_proj (E, 2m, d), down_proj (E, d, m)); the same function to the bit as transformers' loop.
+    """Of fused experts (ptq.models.stacked); the same function to the bit as transformers' loop.
 
     First all experts' gates and ups run, then all their downs.  `routing`: of the last batch, the tokens each expert was given.
     `watched`: if set, observers see each expert's answer to these tokens instead of those it is given; the output stays what it
     is.
     """
 
-    def __init__(self, fused: nn.Module, names: tuple[str, str, str]):
-        gate, up = fused.gate_up_proj.chunk(2, dim=1)  # type: ignore[operator,union-attr]
-        super().__init__(Expert(names, *weights, fused.act_fn) for weights in zip(gate, up, fused.down_proj, strict=True))  # type: ignore[arg-type]
+    def __init__(self, fused: nn.Module, stacking: Stacking):
+        tensors: dict[str, Tensor] = {}
+        for parameter, stacked in fused.named_parameters():
+            tensors |= stacking.parts(parameter, stacked)
+        each = [dict(zip(tensors, one, strict=True)) for one in zip(*tensors.values(), strict=True)]
+        super().__init__(Expert(stacking.names, own, combine_of(fused)) for own in each)
         self.routing: dict[int, Tensor] = {}
         self.watched: Mapping[int, Tensor] | None = None
 
@@ -79,6 +111,12 @@ class LinearExperts(nn.ModuleList):
         return together(output)
 
 
+def combine_of(fused: nn.Module) -> Combine:
+    if hasattr(fused, "limit"):
+        return partial(clamped_swiglu, fused.alpha, fused.limit)  # type: ignore[arg-type]
+    return partial(gated, fused.act_fn)  # type: ignore[arg-type]
+
+
 def by_expert(index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
     """For each expert that index (t, k) names: the tokens that name it, ascending, and in which place.  Waits for the device
     once."""
@@ -89,13 +127,16 @@ def by_expert(index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
     return {number: part for number, part in enumerate(parts) if len(part[0]) and number < experts}
 
 
-def linearize(model: nn.Module, names: tuple[str, str, str]) -> None:
+def linearize(model: nn.Module, stacking: Stacking) -> None:
     """Puts plain linears in the place of every fused experts module of the model."""
-    for name, module in list(model.named_modules()):
-        if not isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
-            continue
+    for name in fused_experts(model):
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LinearExperts(module, names))
+        setattr(model.get_submodule(parent), child, LinearExperts(model.get_submodule(name), stacking))
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Names of the modules that keep a layer's experts stacked."""
+    return [name for name, part in model.named_modules() if isinstance(getattr(part, "gate_up_proj", None), nn.Parameter)]
 
 
 def experts_of(module: nn.Module) -> list[LinearExperts]:

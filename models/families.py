@@ -6,7 +6,10 @@ rotary embeddings, positions and factors are the model's own.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj")
@@ -14,6 +17,8 @@ EXPERTS = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
 MIXTRAL = ("mlp.experts.*.w1", "mlp.experts.*.w3")
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
+W132 = ("w1", "w3", "w2")
+GRANITE_EXPERTS = ("block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3")
 
 Residual = Mapping[str, float]
 BOTH: Residual = {"self_attn.o_proj": 1.0, "mlp.down_proj": 1.0}
@@ -25,19 +30,46 @@ def granite(config: Any) -> Residual:
 
 
 @dataclass(frozen=True)
+class Stacking:
+    """How transformers stacks the experts of a layer: gate_up_proj (E, 2m, d), down_proj (E, d, m), and biases of these names.
+
+    `names`: of an expert's gate, up and down projections in checkpoints.  `concatenated`: all of a gate before all of its up,
+    else the two alternate.  `transposed`: weights are (d_in, d_out).  `ends`: where checkpoints stack too, (the end of a name,
+    what transformers calls that parameter).
+    """
+
+    names: tuple[str, str, str]
+    concatenated: bool = True
+    transposed: bool = False
+    ends: tuple[tuple[str, str], ...] = ()
+
+    def parts(self, parameter: str, stacked: "Tensor") -> "dict[str, Tensor]":
+        """By the name inside an expert, the tensors (E, …) that the stacked `parameter` (gate_up_proj, down_proj, and these with
+        _bias) holds.  Views."""
+        gate, up, down = self.names
+        kind = "bias" if parameter.endswith("_bias") else "weight"
+        if self.transposed and kind == "weight":
+            stacked = stacked.mT
+        if parameter.startswith("down"):
+            return {f"{down}.{kind}": stacked}
+        both = stacked.chunk(2, dim=1) if self.concatenated else (stacked[:, ::2], stacked[:, 1::2])
+        return {f"{name}.{kind}": part for name, part in zip((gate, up), both, strict=True)}
+
+
+@dataclass(frozen=True)
 class Family:
     """`fused`: linears that serving engines fuse, * for each expert.  `residual`: linears whose output goes to the residual
     stream as it is but for a factor, the last of them making the layer's output; none where a norm comes between.
 
-    `keep`: modules that stay in high precision, a mixture's routers.  `experts`: names of an expert's gate, up and down
-    projections in checkpoints.  `renamed`: (in the model, in checkpoints) parts of names that differ.  `attention`: the
+    `keep`: modules that stay in high precision, a mixture's routers.  `experts`: how those of a layer are stacked.
+    `renamed`: (in the model, in checkpoints) parts of names that differ.  `attention`: the
     implementation, where SDPA has what the model needs no place for (soft caps, sinks).
     """
 
     fused: tuple[tuple[str, ...], ...] = (ATTENTION, MLP)
     residual: Residual | Callable[[Any], Residual] = field(default_factory=lambda: BOTH)
     keep: tuple[str, ...] = ()
-    experts: tuple[str, str, str] | None = None
+    experts: Stacking | None = None
     renamed: tuple[tuple[str, str], ...] = ()
     attention: str = "sdpa"
 
@@ -47,7 +79,7 @@ class Family:
 
 LLAMA = Family()
 AFTER_NORM = Family(residual=NONE)
-QWEN_MOE = Family((ATTENTION, MLP, EXPERTS), keep=("mlp.gate",), experts=GATE_UP_DOWN)
+QWEN_MOE = Family((ATTENTION, MLP, EXPERTS), keep=("mlp.gate",), experts=Stacking(GATE_UP_DOWN))
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,  # Llama 2, 3.x, SmolLM2
@@ -66,12 +98,46 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         (ATTENTION, MIXTRAL),
         keep=("mlp.gate",),
-        experts=("w1", "w3", "w2"),
+        experts=Stacking(W132),
         renamed=((".mlp.", ".block_sparse_moe."),),
     ),
-    "qwen2_moe": Family((ATTENTION, MLP, EXPERTS, SHARED), keep=("mlp.gate", "mlp.shared_expert_gate"), experts=GATE_UP_DOWN),
+    "qwen2_moe": Family(
+        (ATTENTION, MLP, EXPERTS, SHARED),
+        keep=("mlp.gate", "mlp.shared_expert_gate"),
+        experts=Stacking(GATE_UP_DOWN),
+    ),
     "qwen3_moe": QWEN_MOE,
     "olmoe": QWEN_MOE,
+    "llama4_text": Family(  # without its mixture, whose experts are given all tokens
+        (ATTENTION, ("feed_forward.gate_proj", "feed_forward.up_proj")),
+        residual={"self_attn.o_proj": 1.0, "feed_forward.down_proj": 1.0},
+    ),
+    "granitemoe": Family(
+        (ATTENTION, GRANITE_EXPERTS),
+        residual=granite,
+        keep=("block_sparse_moe.router",),
+        experts=Stacking(
+            W132,
+            ends=(
+                ("block_sparse_moe.input_linear.weight", "gate_up_proj"),
+                ("block_sparse_moe.output_linear.weight", "down_proj"),
+            ),
+        ),
+        renamed=((".block_sparse_moe.router.weight", ".block_sparse_moe.router.layer.weight"),),
+    ),
+    "gpt_oss": Family(
+        (ATTENTION, EXPERTS),
+        keep=("mlp.router",),
+        experts=Stacking(
+            GATE_UP_DOWN,
+            concatenated=False,
+            transposed=True,
+            ends=tuple(
+                (f"mlp.experts.{name}", name) for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+            ),
+        ),
+        attention="eager",  # sinks
+    ),
 }
 
 

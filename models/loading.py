@@ -26,6 +26,7 @@ from ptq.models.families import family_of
 from ptq.models.identity import ModelFiles
 from ptq.models.location import fetch, locate
 from ptq.models.shards import Shards, shard_paths
+from ptq.models.stacked import UnstackedShards
 from ptq.models.streaming import StreamingAdapter
 
 OF_A_LAYER = re.compile(r"\blayers\.\d+\.")
@@ -77,7 +78,9 @@ def open_model(
         return ModelAdapter(model.requires_grad_(False)), tokenizer, ModelFiles(tuple(files), commit)
     config = load_config(source, where, extra)
     tokenizer = load_tokenizer(source, where, extra)
-    shards = Shards(folder)
+    shards, experts = Shards(folder), family_of(config, source).experts
+    if experts and experts.ends:
+        shards = UnstackedShards(shards, experts)
     stored = getattr(config, "dtype", None) or shards.dtype
     pin = torch.device(device).type == "cuda"
     with one_line(f"{source} cannot be loaded"):
@@ -89,7 +92,7 @@ def open_model(
     return adapter, tokenizer, ModelFiles((*shard_paths(folder), folder / "config.json"), commit)
 
 
-def check_names(adapter: StreamingAdapter, shards: Shards) -> None:
+def check_names(adapter: StreamingAdapter, shards: Shards | UnstackedShards) -> None:
     """Raises ValueError as `check_tensors` for what the model needs and what the files hold, and for a tensor of another shape."""
     shapes, there = adapter.shapes(), shards.tensors.keys()
     check_tensors(str(shards.folder), shapes.keys() - there, there - shapes.keys())
@@ -121,7 +124,9 @@ def load_config(source: str, where: str, extra: dict[str, str]) -> PretrainedCon
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"{source} is quantized already ({method}); give the original")
+        raise ValueError(
+            f"{source} is quantized already ({method}); give the original, or where that is it, dequantize it first"
+        )
     return config
 
 

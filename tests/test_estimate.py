@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ptq.cost.estimate import floor_seconds, memory, seconds
+from ptq.cost.estimate import EXPERT_CALL, floor_seconds, memory, seconds, solve_seconds
 from ptq.cost.preview import make_preview
 from ptq.cost.shape import operations, shape_of
 from ptq.export.files import existing_parent
@@ -35,6 +35,8 @@ MEASURED = [
     if row["commit"] in ("9f16ffc", "816dc82", "9231550", "5551677") or (row["commit"] == "72251fa" and row["gpus"] == "1")
     if row["format"] == "nvfp4" and (row["row_feedback"] == "False" or row["commit"] == "5551677")
 ]
+# Before matrices were solved in batches, and passes paused between waves: b9a6670 and d117b8c.
+MIXTURES = [row for row in ROWS if "A3B" in row["shape"] and row["commit"] not in ("b9a6670", "d117b8c")]
 NAMED = ("commit", "shape", "layers", "sequences", "gpus", "rule", "token_importance", "drift", "row_feedback")
 
 
@@ -55,6 +57,25 @@ def test_estimates_are_near_what_was_measured(row):
     if row["deterministic"] == "False" and (row["commit"], row["drift"]) != ("816dc82", "full"):
         peak = memory(found, int(row["batch"]), ranks=gpus).gpu / 1e9
         assert peak == pytest.approx(float(row["peak_gpu_gb"]), rel=0.3)
+
+
+@pytest.mark.parametrize("row", MIXTURES, ids=lambda row: "-".join(row[key] for key in NAMED))
+def test_estimates_of_mixtures_are_near_what_was_measured(row):
+    found = shape(row["shape"], *(int(row[key]) for key in ("layers", "sequences", "length")), "none", row["drift"])
+    total, batch = float(row["seconds_total"]), int(row["batch"])
+    assert total / 1.3 < sum(seconds(found, int(row["gpus"]), batch).values()) < total * 1.3
+    assert memory(found, batch).gpu / 1e9 == pytest.approx(float(row["peak_gpu_gb"]), rel=0.3)
+
+
+def test_a_mixtures_launches_go_by_batches_and_its_matrices_are_solved_together():
+    found = shape("Qwen3-30B-A3B", 1, importance="none", drift="full")
+    small, large = (seconds(found, 1, batch) for batch in (16, 64))
+    assert small["forward"] - large["forward"] == pytest.approx((8 - 2) * 2 * 128 * EXPERT_CALL["forward"])
+    assert small["hessian"] - large["hessian"] == pytest.approx((8 - 2) * 2 * 128 * EXPERT_CALL["hessian"])
+    alone = 128 * solve_seconds(1536, 2048)[0]
+    assert solve_seconds(1536, 2048, 128)[0] < alone / 2 and solve_seconds(1536, 2048, 1)[0] == alone / 128
+    dense = shape("Llama-3.2-1B", 2, importance="none", drift="full")
+    assert seconds(dense, 1, 1) == seconds(dense, 1, 128)
 
 
 def test_operations_are_those_of_a_count_by_hand():

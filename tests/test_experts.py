@@ -5,23 +5,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ptq.calibrate.collect import collect
 from ptq.calibrate.importance import token_importance
 from ptq.calibrate.passes import Original, Passes, Stream
+from ptq.core.formats import MXFP4, NVFP4
+from ptq.eval.checkpoint import load_any
+from ptq.export.read_back import load_checkpoint
 from ptq.models.adapter import ModelAdapter
 from ptq.models.experts import LinearExperts, experts_of
+from ptq.models.families import FAMILIES
 from ptq.run.loop import Calibration, quantize_model
 from ptq.run.recipe import Recipe
 from ptq.run.settings import DRIFTS
 from ptq.runtime.distributed import Ranks
 from ptq.runtime.hooks import observe_inputs
 
+from .test_export import TOKENS, export
 from .test_runner import tokens
 from .test_script import main  # noqa: F401  # a fixture
 from .tiny import TEXT, save_tiny, tiny_model
 
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+MIXTURES = [name for name, family in FAMILIES.items() if family.experts]
 
 
 def first_mixture(adapter: ModelAdapter):
@@ -34,10 +40,11 @@ def first_mixture(adapter: ModelAdapter):
 def test_linear_experts_are_the_fused_ones_to_the_bit(family, dtype):
     model = tiny_model(family, dtype)
     fused = next(module for module in model.modules() if hasattr(module, "gate_up_proj") and module.gate_up_proj.dim() == 3)
-    names = ("a", "b", "c")
     x, index, weights = torch.randn(30, 64, dtype=dtype), torch.randint(0, 3, (30, 2)), torch.rand(30, 2)  # nobody to expert 3
     index[:, 1] = (index[:, 0] + 1) % 3
-    linear = LinearExperts(fused, names)
+    experts = FAMILIES[family].experts
+    assert experts
+    linear = LinearExperts(fused, replace(experts, names=("a", "b", "c")))
     assert torch.equal(linear(x, index, weights), fused(x, index, weights))
     assert set(linear.routing) == {0, 1, 2} and sum(map(len, linear.routing.values())) == 60
 
@@ -150,12 +157,13 @@ def test_importance_and_row_feedback_know_of_experts():
     assert any(record.validation_error is not None for record in records if ".experts." in record.name)
 
 
-def test_an_unfinished_mixture_goes_on_to_the_same_bytes(main, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "gpt_oss"])
+def test_an_unfinished_mixture_goes_on_to_the_same_bytes(main, tmp_path, monkeypatch, family):  # noqa: F811
     from ptq.run.resume import Unfinished
 
     from .test_unfinished import contents, full_at_the_second
 
-    save_tiny(tmp_path / "model", "mixtral", num_hidden_layers=3)
+    save_tiny(tmp_path / "model", family, num_hidden_layers=3)
     (tmp_path / "text.txt").write_text(TEXT)
     text = ["--calibration", str(tmp_path / "text.txt"), "--sequences", "4", "--length", "32", "--device", "cpu"]
     arguments = [str(tmp_path / "model"), *text, "--output"]
@@ -165,3 +173,34 @@ def test_an_unfinished_mixture_goes_on_to_the_same_bytes(main, tmp_path, monkeyp
     assert main([*arguments, str(tmp_path / "out"), "--resume"]) == 0
     assert main([*arguments, str(tmp_path / "again")]) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+def as_linears(folder):
+    return load_checkpoint(folder, experts=True, attention="sdpa", device="cpu", dtype=torch.bfloat16)(TOKENS).logits
+
+
+@torch.no_grad()
+def test_mixtures_that_transformers_loads_wrong_are_not_scored(tmp_path):
+    """When the last line fails, transformers has learnt it, and the refusal can go."""
+    mixed = [("re:.*", Recipe(MXFP4, "rtn", "mse")), ("re:.*experts", Recipe(NVFP4, "rtn", "mse"))]
+    for rules, folder in ((mixed, tmp_path / "mixed"), (NVFP4, tmp_path / "nvfp4")):
+        folder.mkdir()
+        export(folder, "qwen3_moe", torch.bfloat16, rules)
+        with pytest.raises(ValueError, match="experts in nvfp4-pack-quantized, which transformers does not load right"):
+            load_any(str(folder))
+    right = as_linears(tmp_path / "nvfp4")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "nvfp4", dtype=torch.bfloat16)(TOKENS).logits
+    assert (theirs - right).std() > right.std() / 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe", "gpt_oss"])
+def test_other_mixtures_are_scored_right_or_not_at_all(tmp_path, family):
+    """transformers merges experts under the names it knows only; of others it lacks the stacked tensors, and says so."""
+    export(tmp_path, family, torch.bfloat16, MXFP4)
+    if family != "qwen3_moe":
+        with pytest.raises(ValueError, match=r"lacks \d+ tensors of the model"):
+            load_any(str(tmp_path))
+        return
+    right = as_linears(tmp_path)
+    assert torch.equal(load_any(str(tmp_path)).model(TOKENS).logits, right)

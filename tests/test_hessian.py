@@ -76,7 +76,8 @@ def test_weighted_tokens_on_a_gpu(dtype, block):
 def test_damping_has_the_bits_of_its_formula_and_leaves_its_argument_alone(shape, dtype):
     H = torch.randn(shape, dtype=dtype)
     before = H.clone()
-    expected = H + 0.01 * H.diagonal(dim1=-2, dim2=-1).mean() * torch.eye(shape[-1], dtype=dtype)
+    amounts = 0.01 * H.diagonal(dim1=-2, dim2=-1).mean(-1)  # of a batch, each its own
+    expected = H + amounts[..., None, None] * torch.eye(shape[-1], dtype=dtype)
     assert torch.equal(damped(H, 0.01), expected) and torch.equal(H, before)
 
 

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ptq.eval.checkpoint import load_any
 from ptq.models.adapter import ModelAdapter
 from ptq.models.families import FAMILIES
 from ptq.models.loading import load_model, open_model
@@ -39,14 +40,14 @@ def test_groups_hold_every_linear_of_a_layer_once_but_those_to_keep(family):
         grouped = [name for group in plan.groups for name in group]
         assert set(grouped) == linears - set(plan.keep) and len(grouped) == len(set(grouped))
         assert all(any(set(fused) <= set(group) for group in plan.groups) for fused in plan.fused)
-        assert set(plan.residual) <= set(grouped) and plan.output in (None, "mlp.down_proj")
+        assert set(plan.residual) <= set(grouped) and plan.output in (None, "mlp.down_proj", "feed_forward.down_proj")
         experts = {name for name in grouped if ".experts." in name}
         assert plan.experts == experts and plan.share == (0.5 if experts else 1.0)
         assert {name for names in plan.fused for name in names if "experts" in name} == {
             name for name in experts if not name.endswith(("down_proj", "w2"))
         }
     if adapter.has_experts:
-        assert "mlp.gate" in plan.keep and len(experts) == 12
+        assert plan.keep[0].endswith((".gate", ".router")) and len(experts) == 12
 
 
 @torch.no_grad()
@@ -78,6 +79,13 @@ def test_eager_attention_and_a_sliding_window_are_the_models_own():
         for layer in adapter.layers():
             hidden = adapter.forward(layer, hidden)
         assert torch.equal(adapter.logits(hidden), model(tokens[:1, :30]).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_evaluations_run_the_attention_that_the_family_needs(tmp_path, family):
+    model, tokens = save_tiny(tmp_path, family), torch.randint(0, 64, (2, 40))
+    assert torch.equal(load_any(str(tmp_path)).model(tokens).logits, model(tokens).logits)
 
 
 def test_unsupported_types_list_the_supported_ones(tmp_path):
@@ -144,6 +152,21 @@ def test_a_missing_tensor_is_named(tmp_path, load):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"it lacks model.layers.1.mlp.up_proj.weight \(1 tensors in all\)"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_model, open_model])
+def test_gpt_oss_as_released_is_refused(tmp_path, load):
+    save_tiny(tmp_path, "gpt_oss")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantized already \(mxfp4\); give the original, or .* dequantize it first"):
+        load(str(tmp_path))
+
+
+def test_experts_that_are_given_all_tokens_are_refused():
+    model = tiny_model("llama4_text", moe_layers=[1], num_local_experts=2)
+    with pytest.raises(ValueError, match=r"layers.1.feed_forward.experts: of model type 'llama4_text' only dense layers"):
+        ModelAdapter(model)
 
 
 def test_a_folder_without_weights_or_tokenizer_is_refused(tmp_path):

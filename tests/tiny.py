@@ -42,6 +42,17 @@ OF_FAMILY: dict[str, dict] = {
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
     "qwen3_moe": EXPERTS | {"norm_topk_prob": True},
     "olmoe": EXPERTS | {"intermediate_size": 32},
+    "llama4_text": {
+        "moe_layers": [],
+        "intermediate_size_mlp": 128,
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 16,
+        "pad_token_id": 0,
+    },
+    "granitemoe": EXPERTS | {"intermediate_size": 32, "residual_multiplier": 0.22, "logits_scaling": 4.0},
+    "gpt_oss": ALTERNATING
+    | EXPERTS
+    | {"intermediate_size": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
 TEXT = " ".join(WORDS[(i * i + 3 * i) % len(WORDS)] for i in range(3000))
 
@@ -56,6 +67,9 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **chan
     if family in FAMILIES and FAMILIES[family].experts:
         config._experts_implementation = "eager"  # the loop; other implementations differ from it by rounding
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # which transformers makes zero
+            torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 

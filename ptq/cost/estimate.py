@@ -1,5 +1,6 @@
 """What a run will cost: with rates measured on an H200, seconds and memory.  T: calibration tokens."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from ptq.calibrate.activations import DEVICE_SHARE
@@ -7,6 +8,7 @@ from ptq.calibrate.importance import POSITIONS_AT_ONCE, SEGMENT
 from ptq.core.linalg import packed_size
 from ptq.cost.shape import LayerShape, Shape, climbed, drift_elements, drift_met, operations
 from ptq.methods.gptq import rows_at_once
+from ptq.run.batch import HESSIANS_AT_ONCE
 from ptq.runtime.distributed import Ranks, shard_rows
 from ptq.settings import VALIDATION_SEQUENCES
 
@@ -19,6 +21,13 @@ FP32_RATE = 66.8e12
 
 
 FLOAT32_PHASES = ("drift", "factorization", "sweep")
+
+EXPERT_CALL = {"forward": 1.7e-4, "hessian": 1.5e-4}
+"""Seconds to launch the work of one expert on one batch: running it, and adding one of its inputs to its sums."""
+EXPERT_ELEMENT = {"forward": 1.0e-10, "hessian": 3.3e-10}
+"""Seconds to move one element of its tokens: of what it is given, and of an input that is summed.  Both from Qwen3-30B-A3B at
+batches of 16 and 64 sequences (b9a6670, d117b8c in benchmarks/models.csv): what the batch changes is launches, and what is
+left when the operations are taken away is moving."""
 
 
 def floor_seconds(shape: Shape) -> float:
@@ -38,13 +47,15 @@ def graph_bytes(shape: Shape, layer: LayerShape) -> float:
     return 13.5 * shape.head[1] + 6 * layer.inner
 
 
-def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
+def seconds(shape: Shape, ranks: int = 1, batch: int = 1) -> dict[str, float]:
     """Estimated seconds by phase on H200s: products at a rate, and what grows with the tensors' sizes.
 
     The constants are fitted to runs of the shapes Llama-3.2-1B, 3.1-8B and 3.1-70B (docs/performance.md), to 7 % in each phase.
-    Sequences are shared by the ranks, and matrices or their rows as ptq.runtime.distributed.shard_rows says.
+    Sequences are shared by the ranks, `batch` of them at once, and matrices or their rows as
+    ptq.runtime.distributed.shard_rows says.
     """
     T = shape.tokens
+    batches = ranks * -(-shape.sequences // (ranks * batch))
     found: dict[str, float] = {}
     once = shape.total(lambda layer: pass_seconds(shape, layer))
     if shape.importance:
@@ -52,12 +63,14 @@ def seconds(shape: Shape, ranks: int = 1) -> dict[str, float]:
     if shape.calibrate:
         passes = shape.total(lambda layer: sum(part_seconds(shape, layer, number) for number in range(len(layer.passes))))
         advance = shape.total(lambda layer: pass_seconds(shape, layer) * (2 if shape.drift and not layer.to_the_end else 1))
+        passes += shape.total(lambda layer: expert_seconds(shape, layer, batches, "forward"))
         found["forward"] = (passes + advance) / ranks
         products = 1.25 * T * shape.total(lambda layer: sum(group.share * group.d_in**2 for group in layer.to_solve))
         products += 2 * T * shape.total(drift_met) if shape.drift else 0
         columns = shape.total(lambda layer: sum(group.share * group.d_in for group in layer.to_solve))
         weighting = products / 2800e12 + (2 if shape.drift else 1) * 2.26e-12 * T * columns if shape.importance else 0
-        found["hessian"] = (products / 660e12 + weighting) / ranks
+        moving = shape.total(lambda layer: expert_seconds(shape, layer, batches, "hessian"))
+        found["hessian"] = (products / 660e12 + weighting + moving) / ranks
     if shape.feedback:
         phases = ("factorization", "sweep", "report", "drift")
         found |= dict.fromkeys(phases, 0.0)
@@ -77,6 +90,18 @@ def pass_seconds(shape: Shape, layer: LayerShape) -> float:
     """All tokens through the layer."""
     T = shape.tokens
     return (2 * T * layer.met + 2 * T * shape.length * shape.attention) / 548e12 + 0.845e-12 * T * graph_bytes(shape, layer)
+
+
+def expert_seconds(shape: Shape, layer: LayerShape, batches: int, phase: str) -> float:
+    """What a mixture takes beside its operations; 0 of a dense layer.  Its experts run once in each model, wave after wave."""
+    groups = [group for group in layer.to_solve if group.share < 1]
+    calls, columns = len(groups), sum(group.share * group.d_in for group in groups)
+    if phase == "forward":
+        models = 2 if shape.drift else 1
+        experts = [group for group in groups if len(group.rows) > 1]  # gate and up read what an expert is given
+        runs = models if len(layer.passes) > 1 else 2 * models
+        calls, columns = runs * len(experts), runs * sum(group.share * group.d_in for group in experts)
+    return calls * batches * EXPERT_CALL[phase] + shape.tokens * columns * EXPERT_ELEMENT[phase]
 
 
 def part_seconds(shape: Shape, layer: LayerShape, number: int) -> float:
@@ -107,23 +132,24 @@ def layer_solve_seconds(layer: LayerShape, ranks: int) -> list[float]:
     for part in layer.passes:
         matrices = [matrix for number in part for matrix in layer.groups[number].matrices]
         shards = shard_rows(matrices, Ranks(size=ranks), divisible=True)
-        by_rank = [
-            [solve_seconds(len(shard[rank]), d_in) for shard, (_, d_in) in zip(shards, matrices, strict=True) if shard[rank]]
-            for rank in range(ranks)
-        ]
+        by_rank = []
+        for rank in range(ranks):
+            own = Counter((len(shard[rank]), d_in) for shard, (_, d_in) in zip(shards, matrices, strict=True) if shard[rank])
+            by_rank.append([solve_seconds(*size, count) for size, count in own.items()])
         slowest = max(by_rank, key=lambda costs: sum(map(sum, costs)))
         totals = [total + sum(costs) for total, costs in zip(totals, zip(*slowest, strict=True), strict=True)]
     return totals
 
 
-def solve_seconds(d_out: int, d_in: int) -> tuple[float, float, float, float]:
-    """Of d_out rows of a stage: factorization, sweep, report, drift."""
-    weights, product = d_out * d_in, d_out * d_in * d_in
+def solve_seconds(d_out: int, d_in: int, count: int = 1) -> tuple[float, float, float, float]:
+    """Of d_out rows of each of `count` stages alike, which are solved in batches: factorization, sweep, report, drift."""
+    weights, product, cube = count * d_out * d_in, count * d_out * d_in * d_in, count * d_in**3
+    columns = d_in * -(-count // max(1, HESSIANS_AT_ONCE // d_in**2))  # one after the other, in all batches
     return (
-        2 / 3 * d_in**3 / 42.8e12 + 1.07e-6 * d_in,
+        2 / 3 * cube / 42.8e12 + 1.07e-6 * columns,
         product / 29.3e12 + 4.33e-10 * weights,
         product / 361e12 + 0.93e-10 * weights,
-        (d_in**3 / 3 + 3 * product) / 45e12 + 1.9e-6 * d_in,
+        (cube / 3 + 3 * product) / 45e12 + 1.9e-6 * columns,
     )
 
 
@@ -178,11 +204,17 @@ def importance_bytes(shape: Shape, batch: int) -> float:
 def solve_bytes(shape: Shape, layer: LayerShape, at_once: int, solvers: int) -> float:
     """On the GPU in one pass of a layer: its sums, and beside them what it takes to collect or to solve them."""
     d = shape.head[1]
-    if shape.drift and len(layer.passes) > 1:  # one group is there at a time, and each rank has its rows
-        sums, squares, slabs = 4 * (layer.inner + d) * layer.inner, 5, 4
+    if shape.drift and len(layer.passes) > 1:  # the groups of one wave are there at a time, and each rank has its rows
+        waves = [[layer.groups[number] for number in part] for part in layer.passes]
+        sums = max(sum(4 * (group.stream + group.d_in) * group.d_in for group in wave) for wave in waves)
+        squares, slabs = 5, 4
     else:
         sums, squares, slabs = 4 * sum(group.d_in**2 for group in layer.to_solve), 6, 7
         sums += 4 * drift_elements(layer) if shape.drift else 0
     collect = at_once * (8 * d + 10 * layer.inner)  # four tensors of the MLP, its input seen in the original
-    solve = max(4 * (squares * d_in + slabs * d_out / solvers) * d_in for d_out, d_in in layer.matrices)
+    alike = Counter(layer.matrices)
+    solve = max(
+        4 * (squares * d_in + slabs * d_out / solvers) * d_in * min(count, max(1, HESSIANS_AT_ONCE // d_in**2))
+        for (d_out, d_in), count in alike.items()
+    )
     return sums + max(collect, solve)

@@ -73,8 +73,6 @@ class Preview:
             took, cores = self.cpu
             alone = f"{cores} core{'s'[: cores > 1]} to itself"
             lines.append(f"on this CPU about {minutes(took)} with {alone}: rough, expect half to twice that")
-        if any(group.share < 1 for group in shape.largest.groups):
-            lines.append("a mixture takes longer than this: its experts run and are solved one by one (docs/performance.md)")
         if shape.rows:
             lines.append(f"on the disk, until the checkpoint is finished, {gb(disk_bytes(shape))} for row feedback")
         problems = self.all_problems()
@@ -122,7 +120,7 @@ def make_preview(
         output=plan.checkpoint_bytes(parameters),
         free=shutil.disk_usage(existing_parent(output)).free,
         memory=memory(shape, batch, ranks=ranks, on_host=on_host),
-        seconds=seconds(shape, ranks),
+        seconds=seconds(shape, ranks, batch),
         ranks=ranks,
         batch=batch,
         cpu=(cpu_seconds(shape, plan, cores), cores) if cores else None,

@@ -29,7 +29,8 @@ def verify(
     unexpected in it.
     """
     config = AutoConfig.from_pretrained(folder)
-    whole = layers is None or layers >= config.num_hidden_layers
+    layers = len(adapter.names) if layers is None else min(layers, len(adapter.names))
+    whole = layers == len(adapter.names)
     if not whole:
         config.num_hidden_layers = layers
         config.layer_types = config.layer_types[:layers] if getattr(config, "layer_types", None) else None
@@ -38,7 +39,7 @@ def verify(
     found = [f"{kind}: {sorted(names)[:3]}" for kind, names in problems.items() if names]
     if found:
         raise ReadBackError(f"the checkpoint does not read back: {'; '.join(found)}")
-    ours = restored_logits(folder, adapter.in_dtype(DTYPE), tokens, formats, layout, len(loaded.get_decoder().layers))
+    ours = restored_logits(folder, adapter.in_dtype(DTYPE), tokens, formats, layout, layers)
     theirs = loaded.to(ours.device).eval()(tokens.to(ours.device)).logits
     return float((ours.float() - theirs.float()).abs().max())
 
