@@ -9,13 +9,16 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from ptq.calibrate.importance import token_importance
-from ptq.run.recipe import Choice, OpenRules, Recipe, Rules, as_rules, bits_of, matches
+from ptq.run.recipe import Choice, OpenRules, Recipe, Rules, bits_of, matches
+from ptq.run.recipe_file import parse_recipe, recipe_text
 from ptq.run.sensitivity import Sensitivity
 from ptq.runtime.adapter import Adapter
 
@@ -49,21 +52,28 @@ class Allocation:
     @property
     def about(self) -> dict[str, object]:
         """For a report, in JSON's types."""
-        others = [{"recipe": what, "bits": bits, "predicted_kl": kl} for what, bits, kl in self.uniform]
-        return {"target_bits": self.target, "bits": self.bits, "predicted_kl": self.predicted, "uniform": others}
+        known: dict[str, object] = {
+            "target_bits": self.target,
+            "bits": self.bits,
+            "predicted_kl": self.predicted,
+            "uniform": self.uniform,
+        }
+        return known | {"recipe": recipe_text(self.rules)}
+
+    @staticmethod
+    def restored(about: Mapping[str, Any]) -> "Allocation":
+        uniform = tuple((str(what), float(bits), float(kl)) for what, bits, kl in about["uniform"])
+        rules = settled(parse_recipe(about["recipe"], "of the unfinished run"))
+        return Allocation(rules, about["target_bits"], about["bits"], about["predicted_kl"], uniform)
 
     def __str__(self) -> str:
-        lines = [f"{self.bits:.3f} bits a weight (of {self.target:g}), predicted KL {self.predicted:.5f} nats"]
-        return "\n".join(lines + [f"  {what:24} {bits:6.3f} bits, predicted KL {kl:.5f}" for what, bits, kl in self.uniform])
-
-
-def open_choices(rules: OpenRules) -> list[Choice]:
-    return [recipe for _, recipe in rules if isinstance(recipe, Choice)]
-
-
-def settled(rules: OpenRules) -> Rules:
-    """The same with the first recipe of each choice: a plan of them knows all that may be wrong with names and shapes."""
-    return [(pattern, recipe.recipes[0] if isinstance(recipe, Choice) else recipe) for pattern, recipe in rules]
+        lines = [
+            f"{self.bits:.3f} bits a weight of {self.target:g} allowed, predicted KL {self.predicted:.5f} nats; all alike:",
+            *(f"  {what:24} {bits:6.3f} bits, predicted KL {kl:.5f}" for what, bits, kl in self.uniform),
+            "as a recipe:",
+            recipe_text(self.rules).rstrip(),
+        ]
+        return "\n".join(lines)
 
 
 def allocate(
@@ -74,7 +84,23 @@ def allocate(
     seed: int = 0,
     progress: Callable[[str], object] = lambda layer: None,
 ) -> Allocation:
-    """Makes the choices of `rules` by what is measured on `tokens` (n, length), on the model's device.
+    """Makes the choice of `rules` by what is measured on `tokens` (n, length), on the model's device, `batch` sequences at once.
+
+    Raises ValueError as `measure`.
+    """
+    units, costs = measure(adapter, rules, tokens, batch, seed, progress)
+    return assigned(rules, units, costs, open_choices(rules)[0])
+
+
+def measure(
+    adapter: Adapter,
+    rules: OpenRules,
+    tokens: Tensor,
+    batch: int,
+    seed: int = 0,
+    progress: Callable[[str], object] = lambda layer: None,
+) -> tuple[list[Unit], np.ndarray]:
+    """What there is a choice for, and (units, recipes) the KL that each recipe is predicted to cost, in nats a token.
 
     Raises ValueError for several choices, which share one prediction, for several processes, and where none has a linear.
     """
@@ -89,13 +115,12 @@ def allocate(
     recipes = {name: choices[0].recipes for unit in units for name in unit.names}
     sensitivity = Sensitivity(adapter, recipes)
     token_importance(adapter, tokens.split(batch), seed=seed, watcher=sensitivity, progress=progress)
-    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-    costs = np.array([sum(sensitivity.energies[name] for name in unit.firsts).cpu().numpy() for unit in units]) / predicted  # type: ignore[union-attr]
-    return assigned(rules, units, costs, choices[0])
+    energies = [torch.stack([sensitivity.energies[name] for name in unit.firsts]).sum(0).cpu() for unit in units]
+    return units, torch.stack(energies).numpy() / (tokens.shape[0] * (tokens.shape[1] - 1))
 
 
 def assigned(rules: OpenRules, units: Sequence[Unit], costs: np.ndarray, choice: Choice) -> Allocation:
-    """costs (units, recipes): the KL predicted of each."""
+    """The least predicted KL in the choice's bits; costs (units, recipes) as `measure` returns them."""
     chosen = solve(costs, [unit.weights for unit in units], [bits_of(recipe) for recipe in choice.recipes], choice.bits)
     weights = np.array([unit.weights for unit in units]) / sum(unit.weights for unit in units)
     bits = np.array([bits_of(recipe) for recipe in choice.recipes])
@@ -160,8 +185,11 @@ def written(rules: OpenRules, chosen: Mapping[Unit, Recipe | None]) -> Rules:
         for kind in dict.fromkeys(kind_of(name, unit.layer) for name in unit.names):
             layers.setdefault((recipe, kind), []).append(unit.layer)
     usual = max(total, key=lambda recipe: total[recipe])
-    exceptions = [(pattern(names, kind), recipe) for (recipe, kind), names in layers.items() if recipe != usual]
-    return as_rules([*settled(rules[:number]), (rules[number][0], usual), *exceptions, *settled(rules[number + 1 :])])
+    kinds: dict[tuple[Recipe | None, tuple[str, ...]], list[str]] = {}
+    for (recipe, kind), names in layers.items():
+        kinds.setdefault((recipe, tuple(names)), []).append(kind)
+    exceptions = [(pattern(names, found), recipe) for (recipe, names), found in kinds.items() if recipe != usual]
+    return [*settled(rules[:number]), (rules[number][0], usual), *exceptions, *settled(rules[number + 1 :])]
 
 
 def kind_of(name: str, layer: str) -> str:
@@ -169,11 +197,10 @@ def kind_of(name: str, layer: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\\?\.)", r"\\d+", re.escape(name.removeprefix(f"{layer}.")))
 
 
-def pattern(layers: Sequence[str], kind: str) -> str:
+def pattern(layers: Sequence[str], kinds: Sequence[str]) -> str:
     stem = layers[0].rpartition(".")[0]
     assert all(name.rpartition(".")[0] == stem for name in layers)
-    numbers = "|".join(name.rpartition(".")[2] for name in layers)
-    return f"re:{re.escape(stem)}\\.({numbers})\\.{kind}$"
+    return f"re:{re.escape(stem)}\\.({'|'.join(name.rpartition('.')[2] for name in layers)})\\.({'|'.join(kinds)})$"
 
 
 def describe(recipe: Recipe | None) -> str:

@@ -114,6 +114,15 @@ OpenRules = Sequence[tuple[str, Recipe | Choice | None]]
 """The same, some of them yet to be chosen by what is measured."""
 
 
+def open_choices(rules: OpenRules) -> list[Choice]:
+    return [recipe for _, recipe in rules if isinstance(recipe, Choice)]
+
+
+def settled(rules: OpenRules) -> Rules:
+    """The same with the first recipe of each choice: a plan of them knows all that may be wrong with names and shapes."""
+    return [(pattern, recipe.recipes[0] if isinstance(recipe, Choice) else recipe) for pattern, recipe in rules]
+
+
 def as_rules(recipe: Recipe | Rules, ignore: Iterable[str] = ()) -> Rules:
     """One recipe for all linears, or rules, and after them what to ignore."""
     rules = [("re:.*", recipe)] if isinstance(recipe, Recipe) else list(recipe)
