@@ -125,7 +125,10 @@ def test_choices_that_cannot_be_made():
         ptq.Settings(recipe="x.yaml", target_bits=5.0)
 
 
-@pytest.mark.parametrize("more", [{}, {"activations": "nvfp4"}, {"effort": "best"}], ids=str)
+ROWS = {"rule": "local", "drift": "none", "row_feedback": True, "token_importance": "sampled"}
+
+
+@pytest.mark.parametrize("more", [{"activations": "nvfp4"}, ROWS], ids=["activations", "rows"])
 def test_a_run_says_what_it_chose_and_its_recipe_gives_the_same_bytes(made, tmp_path, more):  # noqa: F811
     model, text = made
     result = ptq.quantize(str(model), calibration=str(text), target_bits=5.5, **SMALL, **more)
