@@ -117,6 +117,7 @@ def test_choices_that_cannot_be_made():
     with pytest.raises(ValueError, match=r"target bits 4\.4: no format here has fewer than 4\.5 a weight"):
         choice_of(base, 4.4)
     choice = choice_of(base, 5.0)
+    assert str(Choice((base, None), 5.0)) == "nvfp4 by gptq with local or kept at 5 bits a weight"
     with pytest.raises(ValueError, match="2 rules have target_bits; one can"):
         allocate(adapter, [("re:.*", choice), ("re:.*mlp", choice)], TOKENS, 2)
     with pytest.raises(ValueError, match="match no linear"):
@@ -169,4 +170,3 @@ def test_a_run_goes_on_with_what_it_chose(made, tmp_path, monkeypatch):  # noqa:
     report = json.loads((tmp_path / "cut" / "report.json").read_text())
     assert report["allocation"] == kept
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
-    assert Choice(recipes=(Recipe(NVFP4), None), bits=5).about["bits"] == 5

@@ -107,6 +107,9 @@ class Choice:
     def about(self) -> dict[str, object]:
         return {"bits": self.bits, "recipes": [recipe and recipe.about for recipe in self.recipes]}
 
+    def __str__(self) -> str:
+        return f"{' or '.join(str(recipe or 'kept') for recipe in self.recipes)} at {self.bits:g} bits a weight"
+
 
 Rules = Sequence[tuple[str, Recipe | None]]
 """(pattern, recipe) in order: of those that match a linear's full name the last one holds; None leaves the linear alone."""
