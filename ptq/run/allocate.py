@@ -17,7 +17,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from ptq.calibrate.importance import token_importance
-from ptq.run.recipe import Choice, OpenRules, Recipe, Rules, bits_of, matches
+from ptq.run.recipe import Choice, OpenRules, Recipe, Rules, bits_of, matches, open_choices, settled
 from ptq.run.recipe_file import parse_recipe, recipe_text
 from ptq.run.sensitivity import Sensitivity
 from ptq.runtime.adapter import Adapter
