@@ -26,7 +26,9 @@ def preview(model: str, settings: Settings, output: Path | None = None) -> Previ
     allocation = choose(model, settings) if open_choices(rules) else None
     assert settings.sequences is not None and settings.token_importance is not None
     return make_preview(
-        from_headers(model) or opened(model), allocation.rules if allocation else settled(rules), settings.sequences, settings.length,
+        from_headers(model) or opened(model),
+        allocation.rules if allocation else settled(rules),
+        settings.sequences, settings.length,
         settings.token_importance, batch=settings.batch, on_host=PLACES[settings.hidden_states],
         ranks=int(os.environ.get("WORLD_SIZE", 1)), output=output or Path("output"),
         cores=torch.get_num_threads() if local_device(settings.device) == "cpu" else 0, allocation=allocation,
