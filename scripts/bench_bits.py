@@ -126,7 +126,7 @@ def measure_all(args: argparse.Namespace) -> Iterator[dict]:
 def main() -> int:
     args = parse_arguments()
     transformers.utils.logging.set_verbosity_error()
-    common = {"model": Path(args.model).name, "format": args.format, "effort": args.effort, "sequences": args.sequences}
+    common: dict = {"model": Path(args.model).name, "format": args.format, "effort": args.effort, "sequences": args.sequences}
     common |= {"length": args.length, "commit": args.commit}
     common |= {"gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"}
     fresh = not args.csv.exists()
