@@ -71,6 +71,7 @@ class Settings:
     format: str = "nvfp4"
     activations: str = "none"
     recipe: str | None = None
+    target_bits: float | None = None
     method: str = "gptq"
     effort: str = "default"
     rule: str | None = None
@@ -105,6 +106,10 @@ class Settings:
                 raise ValueError(f"{name} {value}: too few, give {least} or more")
         if self.recipe and (self.format, self.activations, self.block) != ("nvfp4", "none", None):
             raise ValueError("recipe says formats and activations by linear; leave out format, block and activations")
+        if self.recipe and self.target_bits is not None:
+            raise ValueError(
+                "target_bits is of the settings' own format; beside a recipe, write target_bits in one of its rules"
+            )
 
     def but(self, *left_out: str) -> dict[str, Any]:
         """By name, the fields that are not left out."""

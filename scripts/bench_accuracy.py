@@ -71,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ridge", type=float, default=0.1, help="for drift")
     parser.add_argument("--evaluate", nargs="+", required=True)
     parser.add_argument("--windows", type=int, default=120)
+    parser.add_argument("--test-length", type=int, help="tokens a window to evaluate on (default: --length)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, default=Path("benchmarks/accuracy.csv"))
     parser.add_argument("--commit", required=True, help="recorded in the CSV")
@@ -111,12 +112,12 @@ def measure(args: argparse.Namespace, runs: list[tuple[dict, Recipe]]) -> Iterat
     model, tokenizer = load_model(args.model, dtype=torch.float32, device=args.device)
     model.requires_grad_(False)
 
-    def windows(sources: list[str]) -> Tensor:
+    def windows(sources: list[str], length: int) -> Tensor:
         documents = [document for source in sources for document in read_documents(source)]
-        return all_windows(encoder(tokenizer), documents, args.length, sources[0])
+        return all_windows(encoder(tokenizer), documents, length, sources[0])
 
-    drawn_from = windows(args.calibration)
-    tests = {Path(source).name: windows([source])[: args.windows].to(args.device) for source in args.evaluate}
+    drawn_from, test_length = windows(args.calibration, args.length), args.test_length or args.length
+    tests = {Path(source).name: windows([source], test_length)[: args.windows].to(args.device) for source in args.evaluate}
     yield {"method": "original"}, scores(model, model, tests), []
     for seed in args.seeds:
         drawn = sample_windows(drawn_from, args.sequences, seed, args.calibration[0], validation=VALIDATION_SEQUENCES)

@@ -120,6 +120,18 @@ def test_quantized_activations_read_back_bit_for_bit(tmp_path, preset):
         assert QuantizationArgs(**group["weights"], zp_dtype=scheme.weights.zp_dtype) == scheme.weights
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("preset", ["NVFP4", "MXFP4"])
+def test_experts_on_quantized_activations_read_back_bit_for_bit(tmp_path, preset, family):
+    """Engines keep one global scale for the inputs of all experts' gate and up projections, and one for their down projections."""
+    assert read_back(tmp_path, export(tmp_path, family, format=[("re:.*", ACTIVE[preset])])) == 0
+    scales = {name: float(t) for name, t in stored(tmp_path).items() if name.endswith("input_global_scale")}
+    of_layer = {name: scale for name, scale in scales.items() if ".layers.1." in name and ".experts." in name}
+    down = {scale for name, scale in of_layer.items() if ".down_proj." in name or ".w2." in name}
+    others = {scale for name, scale in of_layer.items() if ".down_proj." not in name and ".w2." not in name}
+    assert len(of_layer) == (12 if preset == "NVFP4" else 0) and len(down) == len(others) == bool(of_layer)
+
+
 @pytest.mark.parametrize(
     "preset, key", [("NVFP4", "input_global_scale"), ("FP8", "input_scale"), ("MXFP4", ""), ("FP8_DYNAMIC", "")]
 )
@@ -167,6 +179,7 @@ def test_w4a4_fp8_and_bfloat16_in_one_checkpoint_read_back_bit_for_bit(tmp_path)
         ("re:.*q_proj", "q_proj is to be int4 by gptq with local and model.layers.0.self_attn.k_proj nvfp4 by gptq with local"),
         ("re:.*gate_proj", "serving engines fuse mlp.gate_proj, mlp.up_proj and need one scheme for all: give them one recipe"),
         ("re:.*nothing", "rule 're:.*nothing' matches no linear"),
+        ("lm_head", "rule 'lm_head' is for lm_head, which is never quantized"),
     ],
 )
 def test_rules_that_split_what_engines_fuse_are_refused(pattern, message):

@@ -14,6 +14,7 @@ the graph holds activations only.  Every layer is run twice but those of the las
 
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,22 @@ from ptq.runtime.hooks import observe_outputs, observed_tokens
 
 TokenImportance = dict[str, list[Tensor]]
 KeepCurvature = Callable[[str, Tensor], object]
+Gradient = tuple[nn.Linear, Tensor, Tensor]
+"""A linear, its input x (..., d_in) and the gradient g (..., d_out) of the loss at its output."""
 SEGMENT = 8
 POSITIONS_AT_ONCE = 1024
+
+
+class Watcher(Protocol):
+    """What looks at the backward pass as it goes by."""
+
+    def begin(self, part: Sequence[Layer], inputs: Activations) -> None:
+        """The pass comes to these layers, the first of which reads `inputs`."""
+        ...
+
+    def see(self, gradients: Sequence[Gradient]) -> None:
+        """Of all their linears, for one batch."""
+        ...
 
 
 def token_importance(
@@ -41,6 +56,7 @@ def token_importance(
     on_host: bool | None = None,
     groups: Sequence[slice] | None = None,
     curvature: KeepCurvature | None = None,
+    watcher: Watcher | None = None,
     progress: Callable[[str], object] = lambda layer: None,
 ) -> TokenImportance:
     """For the first linear of each group, by full name: one tensor (n, length) float32 per batch, not normalised.
@@ -49,7 +65,7 @@ def token_importance(
     model's own predictions, which makes the weights the Fisher information of its outputs.  `first`: the number of the first
     sequence, by which labels are drawn.  `segment`: layers whose graph is kept at once, for two `segment`-ths of a batch;
     `groups`: sequences that no batch mixes.  `curvature` is called with the full name of every linear and its G (d_out, d_out)
-    float32, on the device; `progress` with each layer's name on the way down.
+    float32, on the device; `progress` with each layer's name on the way down.  `watcher` is shown every gradient.
     """
     tokens = torch.cat(list(batches))
     with phase("importance"), torch.no_grad():
@@ -64,7 +80,10 @@ def token_importance(
         for start, stop in reversed(list(zip(starts, stops, strict=True))):
             part = list(islice(layers, stop - start))
             inputs = hidden if stop == len(adapter.names) else kept.pop()
-            descend(adapter, part, inputs, hidden, tokens if inputs is hidden else None, weights, curvature, seed, first)
+            if watcher is not None:
+                watcher.begin(part, inputs)
+            ends = tokens if inputs is hidden else None
+            descend(adapter, part, inputs, hidden, ends, weights, curvature, watcher, seed, first)
             for layer in reversed(part):
                 progress(layer.name)
             del part, inputs
@@ -91,6 +110,7 @@ def descend(
     tokens: Tensor | None,
     weights: dict[str, Tensor],
     curvature: KeepCurvature | None,
+    watcher: Watcher | None,
     seed: int | None,
     first: int,
 ) -> None:
@@ -110,12 +130,13 @@ def descend(
     G = {} if curvature is None else {linear: square(linear.out_features, hidden.device) for linear in names}  # type: ignore[arg-type]
 
     def work(rows: slice) -> None:
-        gradients: list[tuple[nn.Module, Tensor]] = []
+        gradients: list[Gradient] = []
         for _, first_name in names.values():
             weights[first_name][rows] = 0
 
-        def observe(linear: nn.Module, _x: Tensor, y: Tensor) -> None:
-            tokens = observed_tokens()
+        def observe(linear: nn.Module, x: Tensor, y: Tensor) -> None:
+            tokens, x = observed_tokens(), x.detach()
+            assert isinstance(linear, nn.Linear)
 
             def add(gradient: Tensor) -> None:
                 squares = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square()
@@ -124,8 +145,8 @@ def descend(
                     found += squares.view_as(found)
                 else:
                     found.view(-1).index_add_(0, tokens, squares)
-                if curvature is not None:
-                    gradients.append((linear, gradient))
+                if curvature is not None or watcher is not None:
+                    gradients.append((linear, x, gradient))
 
             y.register_hook(add)
 
@@ -138,8 +159,11 @@ def descend(
             else:
                 gradient = loss_gradient(adapter, y.detach(), tokens[rows], seed, first + rows.start)
             (gradient,) = torch.autograd.grad(y, x, gradient)
-        for linear, g in gradients:  # only now: a batch that runs out of memory comes again
-            add_full(G[linear], g.flatten(0, -2))
+        if curvature is not None:  # only now: a batch that runs out of memory comes again
+            for linear, _, g in gradients:
+                add_full(G[linear], g.flatten(0, -2))
+        if watcher is not None:
+            watcher.see(gradients)
         hidden.store(rows, gradient)
 
     each_batch(hidden, "importance", work, divisor=max(1, len(part) // 2))

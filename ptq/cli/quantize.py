@@ -52,6 +52,8 @@ def add_method(group: argparse._ArgumentGroup) -> None:
     about = "round inputs too, as engines do: nvfp4 is W4A4 (default: %(default)s)"
     group.add_argument("--activations", choices=ACTIVATION_NAMES, help=about)
     group.add_argument("--recipe", metavar="FILE", help="YAML with a recipe by linear, instead of what is said here")
+    about = "bits a weight on average: each linear in --format, fp8 or bfloat16, by what it costs in KL"
+    group.add_argument("--target-bits", type=float, metavar="BITS", help=about)
     group.add_argument("--method", choices=METHOD_NAMES, help="rounding method (default: %(default)s)")
     group.add_argument(
         "--effort",

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,9 @@ from ptq.export.files import existing_parent
 from ptq.run.plan import Plan, examine
 from ptq.run.recipe import Rules
 from ptq.runtime.adapter import Skeleton
+
+if TYPE_CHECKING:
+    from ptq.run.allocate import Allocation
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Preview:
     ranks: int
     batch: int
     cpu: tuple[float, int] | None
+    allocation: "Allocation | None" = None
 
     def all_problems(self) -> list[str]:
         """Everything that will not work, and what will work badly."""
@@ -73,6 +78,8 @@ class Preview:
             took, cores = self.cpu
             alone = f"{cores} core{'s'[: cores > 1]} to itself"
             lines.append(f"on this CPU about {minutes(took)} with {alone}: rough, expect half to twice that")
+        if self.allocation:
+            lines.append(f"formats chosen: {self.allocation}")
         if shape.rows:
             lines.append(f"on the disk, until the checkpoint is finished, {gb(disk_bytes(shape))} for row feedback")
         problems = self.all_problems()
@@ -101,6 +108,7 @@ def make_preview(
     ranks: int,
     output: Path,
     cores: int = 0,
+    allocation: "Allocation | None" = None,
 ) -> Preview:
     """From shapes alone; `adapter` is one of ptq.models.  `cores`: of the CPU, where that is the device.
 
@@ -124,4 +132,5 @@ def make_preview(
         ranks=ranks,
         batch=batch,
         cpu=(cpu_seconds(shape, plan, cores), cores) if cores else None,
+        allocation=allocation,
     )

@@ -16,14 +16,16 @@ from ptq.export.compressed_tensors import CompressedTensors
 from ptq.export.files import check_output, save_text
 from ptq.export.manifest import write_manifest
 from ptq.models.loading import quiet
+from ptq.pipeline.allocation import make_choices
 from ptq.pipeline.calibration import Given, Windows, make_windows, read_calibration
 from ptq.pipeline.card import model_card
 from ptq.pipeline.finish import finish
 from ptq.pipeline.progress import bars
 from ptq.pipeline.source import Source, open_source
+from ptq.run.allocate import Allocation
 from ptq.run.job import Job, do_layers
 from ptq.run.plan import Plan, make_plan
-from ptq.run.recipe import Rules
+from ptq.run.recipe import OpenRules, open_choices, settled
 from ptq.run.resume import Unfinished, fingerprint, is_complete, unfinished_folder
 from ptq.run.rules import GivenRules, all_rules, described, file_rules
 from ptq.run.settings import base_recipe
@@ -48,7 +50,8 @@ def run(
     begin = time.perf_counter()
     if not (settings.resume and is_complete(output)):
         check_output(output, 0)
-    work = prepare(model, settings, tokenizer, settings.calibration if calibration is None else calibration, rules)
+    given = settings.calibration if calibration is None else calibration
+    work = prepare(model, settings, tokenizer, given, rules, output, hidden=hidden)
     job, settings = work.job, work.settings
     size = job.plan.checkpoint_bytes(job.adapter.parameters())
     with ExitStack() as at_the_end:
@@ -71,6 +74,8 @@ def run(
             report = finish(work.source, settings, job, work.windows, unfinished, hidden=hidden)
             if rules:  # which no flag of the command says
                 report |= {"command": None, "rules": described(rules)}
+            if work.allocation:
+                report |= {"allocation": work.allocation.about}
             report |= {"bytes": size, "seconds": time.perf_counter() - begin}
             save_text(unfinished.checkpoint / "report.json", json.dumps(report, indent=1) + "\n")
             write_manifest(unfinished.checkpoint)
@@ -81,13 +86,15 @@ def run(
 
 @dataclass(frozen=True)
 class Work:
-    """A run that can begin.  `settings`: complete.  `about`: what its bytes depend on (ptq.run.resume)."""
+    """A run that can begin.  `settings`: complete.  `about`: what its bytes depend on (ptq.run.resume).  `allocation`: where
+    there was a choice of formats."""
 
     source: Source
     settings: Settings
     windows: Windows
     job: Job
     about: dict
+    allocation: Allocation | None = None
 
 
 def prepare(
@@ -96,8 +103,12 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase | None,
     calibration: Given,
     rules: GivenRules,
+    output: Path | None = None,
+    *,
+    hidden: bool | None = None,
 ) -> Work:
-    """Reads no weights of a model in safetensors files.  Raises ValueError for everything that is known to fail."""
+    """Reads no weights of a model in safetensors files, but where formats are to be chosen.  Raises ValueError for everything that
+    is known to fail."""
     device = local_device(settings.device)
     settings = replace(settings, device=device)
     of_file = file_rules(settings)
@@ -105,11 +116,15 @@ def prepare(
     settings, texts = read_calibration(calibration, settings)
     with quiet():
         source = open_source(model, tokenizer, dtype=dtype_of(settings), device=device)
-    plan = make_plan(source.adapter, recipe_rules)
+    plan = make_plan(source.adapter, settled(recipe_rules))
     windows = make_windows(texts, source, settings)
-    job = make_job(source, settings, windows, plan, torch.device(device))
-    about = fingerprint(source.identity(), windows.calibration, what_bytes_depend_on(settings, of_file, rules), job.device)
-    return Work(source, settings, windows, job, about)
+    job, allocation = make_job(source, settings, windows, plan, torch.device(device)), None
+    if open_choices(recipe_rules):
+        allocation = make_choices(job, recipe_rules, output if settings.resume else None, hidden=hidden)
+        job = replace(job, plan=make_plan(source.adapter, allocation.rules))
+    depends = what_bytes_depend_on(settings, of_file, rules) | ({"allocation": allocation.about} if allocation else {})
+    about = fingerprint(source.identity(), windows.calibration, depends, job.device)
+    return Work(source, settings, windows, job, about, allocation)
 
 
 def make_job(source: Source, settings: Settings, windows: Windows, plan: Plan, device: torch.device) -> Job:
@@ -123,7 +138,7 @@ def make_job(source: Source, settings: Settings, windows: Windows, plan: Plan, d
     )  # fmt: skip
 
 
-def what_bytes_depend_on(settings: Settings, of_file: Rules, rules: GivenRules) -> dict[str, object]:
+def what_bytes_depend_on(settings: Settings, of_file: OpenRules, rules: GivenRules) -> dict[str, object]:
     chosen: dict[str, object] = {**settings.but(*OF_THE_MACHINE, *OF_THE_TEXT, "recipe")}
     chosen["block"] = base_recipe(settings).format.block
     if of_file:

@@ -132,9 +132,13 @@ def examine(adapter: Skeleton, rules: Rules) -> tuple[Plan, list[str]]:
         ignored += [layer.full_name(name) for name in layers[-1].keep]
         passes.append(passes_of(layer, layers[-1], recipes))
     for pattern, recipe in rules:
-        if not any(matches(name, pattern) for name in [*ignored, *linears, "lm_head"]):  # lm_head is never quantized
+        if any(matches(name, pattern) for name in [*ignored, *linears]):
+            continue
+        if not matches("lm_head", pattern):
             what = "--ignore" if recipe is None else "rule"
             problems.append(f"{what} {pattern!r} matches no linear; names look like {next(iter(linears), '(none)')}")
+        elif recipe is not None:
+            problems.append(f"rule {pattern!r} is for lm_head, which is never quantized; leave the rule out")
     problems += block_problems(linears, recipes)
     if not linears:
         problems.append("--ignore leaves nothing to quantize")

@@ -83,8 +83,47 @@ class Recipe:
         return f"{self.format.name}{inputs} by {self.method} with {self.rule}"
 
 
+def bits_of(recipe: Recipe | None) -> float:
+    """A weight; of a linear that is kept, those of bfloat16."""
+    return recipe.format.bits_per_weight if recipe else 16.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of `recipes` (None: keep) for each linear, so that they take at most `bits` a weight on average (ptq.run.allocate).
+
+    Raises ValueError for fewer bits than the smallest takes.
+    """
+
+    recipes: tuple[Recipe | None, ...]
+    bits: float
+
+    def __post_init__(self) -> None:
+        least = min(map(bits_of, self.recipes))
+        if not self.bits >= least:
+            raise ValueError(f"target bits {self.bits:g}: no format here has fewer than {least:g} a weight; give that or more")
+
+    @property
+    def about(self) -> dict[str, object]:
+        return {"bits": self.bits, "recipes": [recipe and recipe.about for recipe in self.recipes]}
+
+    def __str__(self) -> str:
+        return f"{' or '.join(str(recipe or 'kept') for recipe in self.recipes)} at {self.bits:g} bits a weight"
+
+
 Rules = Sequence[tuple[str, Recipe | None]]
 """(pattern, recipe) in order: of those that match a linear's full name the last one holds; None leaves the linear alone."""
+OpenRules = Sequence[tuple[str, Recipe | Choice | None]]
+"""The same, some of them yet to be chosen by what is measured."""
+
+
+def open_choices(rules: OpenRules) -> list[Choice]:
+    return [recipe for _, recipe in rules if isinstance(recipe, Choice)]
+
+
+def settled(rules: OpenRules) -> Rules:
+    """The same with the first recipe of each choice: a plan of them knows all that may be wrong with names and shapes."""
+    return [(pattern, recipe.recipes[0] if isinstance(recipe, Choice) else recipe) for pattern, recipe in rules]
 
 
 def as_rules(recipe: Recipe | Rules, ignore: Iterable[str] = ()) -> Rules:

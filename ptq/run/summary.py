@@ -19,6 +19,11 @@ def summary(report: dict) -> str:
     apart = [linear["validation_error"] for linear in linears if linear["validation_error"] is not None]
     if apart:
         lines.append(f"outputs on held-out tokens, all that came before included: mean {sum(apart) / len(apart):.4f} off")
+    if "allocation" in report:
+        chosen = report["allocation"]
+        what, _, usual = chosen["uniform"][0]
+        kl = f"predicted KL {chosen['predicted_kl']:.5f} ({what} {usual:.5f})"
+        lines.append(f"formats chosen: {chosen['bits']:.3f} bits a weight, {kl}")
     scores = scores_of(report)
     if scores:
         first = next(iter(scores.values()))

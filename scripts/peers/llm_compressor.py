@@ -1,6 +1,6 @@
 """Quantize with llm-compressor: runs inside its own environment, and imports nothing of ptq.
 
-    python llm_compressor.py MODEL TOKENS.npy OUTPUT SCHEME-METHOD[-GROUP]        NVFP4A16-rtn, MXFP4A16-gptq, W4A16-gptq-64 …
+    python llm_compressor.py MODEL TOKENS.npy OUTPUT SCHEME-METHOD[-GROUP]        NVFP4A16-rtn, NVFP4-gptq (W4A4), W4A16-gptq-64 …
 
 MODEL: a model folder.  TOKENS.npy: token ids (n, length).  OUTPUT gets a compressed-tensors checkpoint, and peer.json.
 Everything but the scheme and the modifier is llm-compressor's default.
@@ -39,7 +39,7 @@ def main(model_folder: str, tokens_file: str, output: str, recipe: str) -> None:
     oneshot(
         model=model,
         processor=tokenizer,
-        dataset=dataset if method == "gptq" else None,
+        dataset=dataset if method == "gptq" or scheme.input_activations else None,
         recipe=modifier,
         max_seq_length=tokens.shape[1],
         num_calibration_samples=len(tokens),

@@ -1,8 +1,9 @@
 """Quantize with NVIDIA ModelOpt: runs inside its own environment, and imports nothing of ptq.
 
-    python model_optimizer.py MODEL TOKENS.npy OUTPUT RECIPE        max, mse or local_hessian
+    python model_optimizer.py MODEL TOKENS.npy OUTPUT RECIPE        max, mse, local_hessian or default
 
-MODEL: a model folder.  TOKENS.npy: token ids (n, length).  NVFP4 weights, activations untouched; scales by 126-code sweeps
+MODEL: a model folder.  TOKENS.npy: token ids (n, length).  NVFP4 weights, activations untouched but by `default`, which is
+ModelOpt's NVFP4_DEFAULT_CFG (W4A4); scales by 126-code sweeps
 (`fp8_scale_sweep`) for mse and local_hessian.  transformers cannot load ModelOpt's own layout, so its export is renamed, tensor by
 tensor, to compressed-tensors, which stores the same codes and scales and the tensor scale's reciprocal.  OUTPUT gets that, and
 peer.json.
@@ -25,11 +26,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CONFIGS = {
+    "default": mtq.NVFP4_DEFAULT_CFG,
     "max": mtq.W4A16_NVFP4_CFG,
     "mse": mtq.NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG,
     "local_hessian": mtq.NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG,
 }
-IMPORTANCES = {
+WEIGHTS = {
     "num_bits": 4,
     "type": "float",
     "symmetric": True,
@@ -40,13 +42,15 @@ IMPORTANCES = {
 
 
 def config(recipe: str) -> dict:
-    """ModelOpt's preset, without its quantizers of activations."""
+    """ModelOpt's preset, but for `default` without its quantizers of activations."""
     chosen = copy.deepcopy(CONFIGS[recipe])
+    if recipe == "default":
+        return chosen
     chosen["quant_cfg"] = [*chosen["quant_cfg"], {"quantizer_name": "*input_quantizer", "enable": False}]
     return chosen
 
 
-def rename(exported: Path, output: Path) -> None:
+def rename(exported: Path, output: Path, activations: dict | None) -> None:
     """ModelOpt's export as a compressed-tensors checkpoint."""
     output.mkdir(parents=True)
     for path in exported.iterdir():
@@ -59,11 +63,13 @@ def rename(exported: Path, output: Path) -> None:
                 tensors[f"{name}_packed"] = tensor
             elif name.endswith(".weight_scale_2"):
                 tensors[name.removesuffix("_scale_2") + "_global_scale"] = (1 / tensor.float()).reshape(1)
-            else:
+            elif name.endswith(".input_scale") and activations:
+                tensors[name.removesuffix("_scale") + "_global_scale"] = (1 / tensor.float()).reshape(1)
+            elif not name.endswith(".input_scale"):
                 tensors[name] = tensor
         save_file(tensors, output / path.name, metadata={"format": "pt"})
     described = json.loads((exported / "config.json").read_text())
-    group = {"targets": ["Linear"], "weights": IMPORTANCES, "input_activations": None, "output_activations": None}
+    group = {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": activations, "output_activations": None}
     described["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "nvfp4-pack-quantized",
@@ -90,7 +96,7 @@ def main(model_folder: str, tokens_file: str, output: str, recipe: str) -> None:
     seconds = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
         export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=folder)
-        rename(Path(folder), Path(output))
+        rename(Path(folder), Path(output), WEIGHTS | {"dynamic": "local"} if recipe == "default" else None)
     tokenizer.save_pretrained(output)
     about = {"peer": "ModelOpt", "version": version("nvidia-modelopt"), "recipe": recipe, "seconds": seconds}
     (Path(output) / "peer.json").write_text(json.dumps(about) + "\n")
