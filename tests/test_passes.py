@@ -15,6 +15,7 @@ from ptq.models.families import FAMILIES
 from ptq.run.loop import Calibration, quantize_model
 from ptq.run.recipe import Recipe
 from ptq.runtime.hooks import Forward
+from ptq.settings import DRIFTS
 
 from .test_runner import tokens
 from .tiny import tiny_model
@@ -63,14 +64,15 @@ def copy_of(layer):
     return type(layer)(layer.index, layer.name, copy.deepcopy(layer.module), layer.renamed)
 
 
+@pytest.mark.parametrize("drift", ["half", "full"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe", "mixtral"])
-def test_passes_that_were_let_go_change_nothing(family, monkeypatch):
+def test_passes_that_were_let_go_change_nothing(family, drift, monkeypatch):
     """Where there is no memory to keep one it begins again from the layer's input."""
     original, found = tiny_model(family, num_hidden_layers=2), []
     for reserve in (0.0, 2.0):
         monkeypatch.setattr(passes, "RESERVE", reserve)
         model = copy.deepcopy(original)
-        results = quantize_model(ModelAdapter(model), Recipe(drift=1.0), Calibration(tokens(6).split(2)))
+        results = quantize_model(ModelAdapter(model), Recipe(**DRIFTS[drift]), Calibration(tokens(6).split(2)))
         found.append({record.name: weight for record, weight in results})
     for name, weight in found[0].items():
         assert torch.equal(weight.codes, found[1][name].codes) and torch.equal(weight.scales, found[1][name].scales)

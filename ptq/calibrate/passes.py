@@ -49,34 +49,48 @@ class Stream:
 class Passes:
     """Of the stream's sequences through the layer and, where drift is made good, through the original's.
 
-    `keep`: whether they are kept until they have ended; what ran before a pause must not change later, so the layer has to be
-    quantized wave by wave then.
+    `keep_ours`, `keep_theirs`: whether they are kept until they have ended.  What ours ran before a pause must not change later,
+    so the layer has to be quantized wave by wave then; the original does not change.
     """
 
-    def __init__(self, adapter: Adapter, layer: Layer, plan: LayerPlan, stream: Stream, *, keep: bool = False):
+    def __init__(
+        self,
+        adapter: Adapter,
+        layer: Layer,
+        plan: LayerPlan,
+        stream: Stream,
+        *,
+        keep_ours: bool = False,
+        keep_theirs: bool = False,
+    ):
         self.adapter, self.layer, self.plan, self.stream = adapter, layer, plan, stream
-        self._keep = keep
-        self._paused: dict[tuple[int, int], list[LayerPass]] = {}
+        self._keep = keep_ours, keep_theirs
+        self._paused: dict[tuple[int, int], list[LayerPass | None]] = {}
         self._batch = stream.hidden.batch
 
     def take(self, rows: slice) -> list[LayerPass]:
-        """That of the quantized model, and that of the original if it comes along; new ones if none was kept."""
+        """That of the quantized model, and that of the original if it comes along; new ones where none was kept."""
         if self._batch != self.stream.hidden.batch:
             self.clear()
-        return self._paused.pop((rows.start, rows.stop), None) or self._begin(rows)
+        original = self.stream.original
+        begin = [self._begin_ours, self._begin_theirs] if original else [self._begin_ours]
+        kept = self._paused.pop((rows.start, rows.stop), None) or [None] * len(begin)
+        return [one or new(rows) for one, new in zip(kept, begin, strict=True)]
 
     def put_back(self, rows: slice, passes: list[LayerPass]) -> None:
-        """To go on later, if they can and there is memory for it."""
-        device = self.stream.hidden.device
-        if self._keep and all(one.can_finish for one in passes) and free_share(device) > RESERVE:
-            self._paused[rows.start, rows.stop] = passes
-        else:
+        """To go on later, if they can and there is memory for it; of a pair that stands at a wave both or none."""
+        keep = [keep for keep, _ in zip(self._keep, passes, strict=False)]
+        whole = all(one.can_finish for one, wanted in zip(passes, keep, strict=True) if wanted)
+        if not whole or not any(keep) or free_share(self.stream.hidden.device) <= RESERVE:
             close(passes)
+            return
+        close([one for one, wanted in zip(passes, keep, strict=True) if not wanted])
+        self._paused[rows.start, rows.stop] = [one if wanted else None for one, wanted in zip(passes, keep, strict=True)]
 
     def clear(self) -> None:
         """All begin again."""
         for passes in self._paused.values():
-            close(passes)
+            close([one for one in passes if one])
         self._paused.clear()
         self._batch = self.stream.hidden.batch
 
@@ -92,12 +106,13 @@ class Passes:
 
         each_batch(self.stream.hidden, "forward", work)
 
-    def _begin(self, rows: slice) -> list[LayerPass]:
-        passes = [LayerPass(self.adapter, self.layer, self.plan, self.stream.hidden.load(rows))]
+    def _begin_ours(self, rows: slice) -> LayerPass:
+        return LayerPass(self.adapter, self.layer, self.plan, self.stream.hidden.load(rows))
+
+    def _begin_theirs(self, rows: slice) -> LayerPass:
         original = self.stream.original
-        if original:
-            passes.append(LayerPass(self.adapter, original.layer, self.plan, original.hidden.load(rows), frozen=True))
-        return passes
+        assert original
+        return LayerPass(self.adapter, original.layer, self.plan, original.hidden.load(rows), frozen=True)
 
 
 def close(passes: list[LayerPass]) -> None:

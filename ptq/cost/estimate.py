@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ptq.calibrate.activations import DEVICE_SHARE
 from ptq.calibrate.importance import POSITIONS_AT_ONCE, SEGMENT
+from ptq.calibrate.passes import RESERVE
 from ptq.core.linalg import packed_size
 from ptq.cost.shape import LayerShape, Shape, climbed, drift_elements, drift_met, operations
 from ptq.methods.gptq import rows_at_once
@@ -24,10 +25,9 @@ FLOAT32_PHASES = ("drift", "factorization", "sweep")
 
 EXPERT_CALL = {"forward": 1.7e-4, "hessian": 1.5e-4}
 """Seconds to launch the work of one expert on one batch: running it, and adding one of its inputs to its sums."""
-EXPERT_ELEMENT = {"forward": 1.0e-10, "hessian": 3.3e-10}
-"""Seconds to move one element of its tokens: of what it is given, and of an input that is summed.  Both from Qwen3-30B-A3B at
-batches of 16 and 64 sequences (b9a6670, d117b8c in benchmarks/models.csv): what the batch changes is launches, and what is
-left when the operations are taken away is moving."""
+EXPERT_ELEMENT = {"forward": 1.5e-10, "hessian": 0.45e-10}
+"""Seconds to move one element of its tokens: of what it is given, and of an input that is summed.  Launches from Qwen3-30B-A3B at
+batches of 16 and 64 sequences (b9a6670, d117b8c in benchmarks/models.csv), what is left from 8ffc03c5."""
 
 
 def floor_seconds(shape: Shape) -> float:
@@ -47,12 +47,12 @@ def graph_bytes(shape: Shape, layer: LayerShape) -> float:
     return 13.5 * shape.head[1] + 6 * layer.inner
 
 
-def seconds(shape: Shape, ranks: int = 1, batch: int = 1) -> dict[str, float]:
+def seconds(shape: Shape, ranks: int = 1, batch: int = 1, kept: float = 1.0) -> dict[str, float]:
     """Estimated seconds by phase on H200s: products at a rate, and what grows with the tensors' sizes.
 
-    The constants are fitted to runs of the shapes Llama-3.2-1B, 3.1-8B and 3.1-70B (docs/performance.md), to 7 % in each phase.
-    Sequences are shared by the ranks, `batch` of them at once, and matrices or their rows as
-    ptq.runtime.distributed.shard_rows says.
+    The constants are fitted to runs of the shapes Llama-3.2-1B, 3.1-8B and 3.1-70B (docs/performance.md), to 10 % in each phase
+    but 1B's sweep.  Sequences are shared by the ranks, `batch` of them at once, and matrices or their rows as
+    ptq.runtime.distributed.shard_rows says.  `kept`: the part of the paused passes that there is memory for.
     """
     T = shape.tokens
     batches = ranks * -(-shape.sequences // (ranks * batch))
@@ -61,10 +61,8 @@ def seconds(shape: Shape, ranks: int = 1, batch: int = 1) -> dict[str, float]:
     if shape.importance:
         found["importance"] = importance_seconds(shape, once) / ranks + disk_bytes(shape) / DISK_RATE
     if shape.calibrate:
-        passes = shape.total(lambda layer: sum(part_seconds(shape, layer, number) for number in range(len(layer.passes))))
-        advance = shape.total(lambda layer: pass_seconds(shape, layer) * (2 if shape.drift and not layer.to_the_end else 1))
-        passes += shape.total(lambda layer: expert_seconds(shape, layer, batches, "forward"))
-        found["forward"] = (passes + advance) / ranks
+        forward = shape.total(lambda layer: forward_seconds(shape, layer, kept))
+        found["forward"] = (forward + shape.total(lambda layer: expert_seconds(shape, layer, batches, "forward"))) / ranks
         products = 1.25 * T * shape.total(lambda layer: sum(group.share * group.d_in**2 for group in layer.to_solve))
         products += 2 * T * shape.total(drift_met) if shape.drift else 0
         columns = shape.total(lambda layer: sum(group.share * group.d_in for group in layer.to_solve))
@@ -89,7 +87,15 @@ def seconds(shape: Shape, ranks: int = 1, batch: int = 1) -> dict[str, float]:
 def pass_seconds(shape: Shape, layer: LayerShape) -> float:
     """All tokens through the layer."""
     T = shape.tokens
-    return (2 * T * layer.met + 2 * T * shape.length * shape.attention) / 548e12 + 0.845e-12 * T * graph_bytes(shape, layer)
+    return (2 * T * layer.met + 2 * T * shape.length * shape.attention) / 540e12 + 0.25e-12 * T * graph_bytes(shape, layer)
+
+
+def forward_seconds(shape: Shape, layer: LayerShape, kept: float) -> float:
+    """All tokens through the layer in each model.  Passes that are not kept run to every wave from the start; where all is
+    collected at once, that of the quantized model does."""
+    whole, models = pass_seconds(shape, layer), 2 if shape.drift else 1
+    again = sum(part_seconds(shape, layer, number) for number in range(len(layer.passes)))
+    return models * (whole + (1 - kept) * again) if len(layer.passes) > 1 else models * whole + again
 
 
 def expert_seconds(shape: Shape, layer: LayerShape, batches: int, phase: str) -> float:
@@ -105,17 +111,9 @@ def expert_seconds(shape: Shape, layer: LayerShape, batches: int, phase: str) ->
 
 
 def part_seconds(shape: Shape, layer: LayerShape, number: int) -> float:
-    """A pass that ends when all its groups have been observed, of both models where drift is made good."""
-    T, last = shape.tokens, layer.groups[layer.passes[number][-1]]
-    models = 2 if shape.drift else 1
-    if shape.drift and layer.to_the_end and number == len(layer.passes) - 1:
-        return models * pass_seconds(shape, layer)
-    if last is layer.groups[-1]:
-        return models * (pass_seconds(shape, layer) - 2 * T * last.share * last.weights / 548e12)
-    if not last.ran:
-        return 0.0
-    products = 2 * T * (last.ran + (last.more if shape.drift else 0)) + 2 * T * shape.length * shape.attention
-    return models * (products / 438e12 + 9.5e-12 * T * shape.head[1])
+    """A pass that ends when all its groups have been observed."""
+    last = layer.groups[layer.passes[number][-1]]
+    return pass_seconds(shape, layer) * last.ran / layer.met
 
 
 def importance_seconds(shape: Shape, once: float) -> float:
@@ -147,7 +145,7 @@ def solve_seconds(d_out: int, d_in: int, count: int = 1) -> tuple[float, float, 
     columns = d_in * -(-count // max(1, HESSIANS_AT_ONCE // d_in**2))  # one after the other, in all batches
     return (
         2 / 3 * cube / 42.8e12 + 1.07e-6 * columns,
-        product / 29.3e12 + 4.33e-10 * weights,
+        product / 130e12 + 4.2e-10 * weights,
         product / 361e12 + 0.93e-10 * weights,
         (cube / 3 + 3 * product) / 45e12 + 1.9e-6 * columns,
     )
@@ -161,13 +159,15 @@ def row_feedback_seconds(d_out: int, d_in: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peaks.  `kept`: inputs of segments that the backward pass starts from, on the device or the host."""
+    """Bytes at the peaks.  `kept`: inputs of segments that the backward pass starts from, on the device or the host.
+    `passes_kept`: the part of the paused passes that there is memory for."""
 
     hidden: int
     kept: int
     kept_on_host: bool
     gpu: int
     host: int
+    passes_kept: float
 
 
 def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = None, device_bytes: float = 141e9) -> Memory:
@@ -183,12 +183,26 @@ def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = N
     importance = 0.0
     if shape.importance:
         importance = on_gpu + (0 if kept_away else kept) + importance_bytes(shape, batch)
-    if shape.drift:  # and the original's: what goes into a layer and comes out
-        hidden, on_gpu = 3 * hidden, 3 * on_gpu
+    if shape.drift:  # and the original's
+        hidden, on_gpu = 2 * hidden, 2 * on_gpu
     solvers = ranks if shape.drift and not shape.rows and len(largest.passes) > 1 else 1
     quantize = on_gpu + 4 * layer + solve_bytes(shape, largest, batch * shape.length, solvers)
+    wanted = 2 * tokens * paused_elements(shape, largest)
+    paused = min(wanted, max(0.0, (1 - RESERVE) * device_bytes - quantize))
     host = 2.3e9 + (8 / 3 if shape.drift else 2) * layer + (hidden if hidden_away else 0) + (kept if kept_away else 0)
-    return Memory(hidden, kept, kept_away, int(max(importance, quantize)), int(host))
+    share = paused / wanted if wanted else 1.0
+    return Memory(hidden, kept, kept_away, int(max(importance, quantize + paused)), int(host), share)
+
+
+def paused_elements(shape: Shape, layer: LayerShape) -> int:
+    """What paused passes hold of a token, in both models: at the second wave the first's input and outputs and its own input; at
+    the last the streams and the input of the quantized model's."""
+    if not shape.drift:
+        return 0
+    d, first = shape.head[1], layer.groups[0]
+    if len(layer.passes) < 2:
+        return d  # the original's output
+    return max(2 * (d + sum(first.rows) + layer.groups[1].d_in), 2 * d + layer.inner)
 
 
 def importance_bytes(shape: Shape, batch: int) -> float:

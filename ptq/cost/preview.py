@@ -119,7 +119,7 @@ def make_preview(
         raise ValueError(problems[0])
     shape = shape_of(plan, adapter, sequences, length, importance)
     batch = min(sequences, batch or default_batch(shape.head[1], length, torch.device("cuda"), experts=adapter.has_experts))
-    parameters = adapter.parameters()
+    parameters, peaks = adapter.parameters(), memory(shape, batch, ranks=ranks, on_host=on_host)
     return Preview(
         plan=plan,
         problems=tuple(problems),
@@ -127,8 +127,8 @@ def make_preview(
         parameters=parameters,
         output=plan.checkpoint_bytes(parameters),
         free=shutil.disk_usage(existing_parent(output)).free,
-        memory=memory(shape, batch, ranks=ranks, on_host=on_host),
-        seconds=seconds(shape, ranks, batch),
+        memory=peaks,
+        seconds=seconds(shape, ranks, batch, peaks.passes_kept),
         ranks=ranks,
         batch=batch,
         cpu=(cpu_seconds(shape, plan, cores), cores) if cores else None,

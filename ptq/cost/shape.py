@@ -17,8 +17,7 @@ class GroupShape:
     """One group of linears (ptq.runtime.adapter): `rows`, output features of each; `stream`: width of what drift sums for it.
 
     `matrices`: (d_out, d_in) of each matrix to solve.  `ran`: weights that a token has met in the layer when this input is
-    there, and `more`: its own, where their product is needed to tell what they leave in the residual stream.  `share`: of the
-    tokens that it sees.
+    there.  `share`: of the tokens that it sees.
     """
 
     d_in: int
@@ -26,7 +25,6 @@ class GroupShape:
     stream: int
     matrices: tuple[tuple[int, int], ...]
     ran: float
-    more: int
     share: float = 1.0
 
     @property
@@ -36,14 +34,10 @@ class GroupShape:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The groups of a layer in the order they run, and by their numbers, what is collected in one pass.
-
-    `to_the_end`: the last pass runs the whole layer, whose output is then known.
-    """
+    """The groups of a layer in the order they run, and by their numbers, what is collected in one pass."""
 
     groups: tuple[GroupShape, ...]
     passes: tuple[tuple[int, ...], ...]
-    to_the_end: bool
 
     @property
     def weights(self) -> int:
@@ -119,13 +113,12 @@ def layer_shape(layer: Layer, plan: LayerPlan, passes: tuple[Pass, ...]) -> Laye
         linears = [layer.linear(name) for name in names]
         rows, d_in = tuple(linear.out_features for linear in linears), linears[0].in_features
         writes = len(names) == 1 and names[0] in plan.residual
-        more = sum(rows) * d_in if writes and names[0] != plan.output else 0
         ran = sum(group.weights * group.share for group in groups)
         share = plan.share if names[0] in plan.experts else 1.0
-        groups.append(GroupShape(d_in, rows, rows[0] if writes else d_in, matrices.get(names, ()), ran, more, share))
+        groups.append(GroupShape(d_in, rows, rows[0] if writes else d_in, matrices.get(names, ()), ran, share))
     number = {names: index for index, names in enumerate(plan.groups)}
     parts = tuple(tuple(number[group.names] for group in part) for part in passes)
-    return LayerShape(tuple(groups), parts, any(plan.output in group.names for part in passes[-1:] for group in part))
+    return LayerShape(tuple(groups), parts)
 
 
 def shape_of(plan: Plan, adapter: Skeleton, sequences: int, length: int, importance: str) -> Shape:
@@ -160,7 +153,8 @@ def operations(shape: Shape) -> dict[str, float]:
         counts["importance"] = climbed(shape) * one_pass + down + 2 * head
         counts["importance"] += T * shape.total(lambda layer: layer.curvature) if shape.rows else 0
     if shape.calibrate:
-        counts["forward"] = (3 if shape.drift else 2) * one_pass
+        waves = shape.drift and len(shape.largest.passes) > 1  # whose passes go on from one to the next
+        counts["forward"] = (3 if shape.drift and not waves else 2) * one_pass
         counts["hessian"] = T * shape.total(lambda layer: sum(group.share * group.d_in**2 for group in layer.to_solve))
     if shape.drift:
         counts["hessian"] += 2 * T * shape.total(drift_met)

@@ -162,7 +162,8 @@ class LayerLoop:
                 assert self.original
                 self.stream.original = Original(self.original, self.beside)
             wave_by_wave = len(self.plan.passes[layer.index]) > 1
-            self.passes = Passes(self.adapter, layer, self.plan.layers[layer.index], self.stream, keep=wave_by_wave)
+            plan = self.plan.layers[layer.index]
+            self.passes = Passes(self.adapter, layer, plan, self.stream, keep_ours=wave_by_wave, keep_theirs=True)
 
     def restore(self, layer: Layer, restore: Restore) -> None:
         """Makes the layer what it was after it had been quantized."""
