@@ -1,10 +1,11 @@
 """What a run will cost: with rates measured on an H200, seconds and memory.  T: calibration tokens."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptq.calibrate.activations import DEVICE_SHARE
 from ptq.calibrate.importance import POSITIONS_AT_ONCE, SEGMENT
+from ptq.calibrate.passes import RESERVE
 from ptq.core.linalg import packed_size
 from ptq.cost.shape import LayerShape, Shape, climbed, drift_elements, drift_met, operations
 from ptq.methods.gptq import rows_at_once
@@ -24,10 +25,10 @@ FLOAT32_PHASES = ("drift", "factorization", "sweep")
 
 EXPERT_CALL = {"forward": 1.7e-4, "hessian": 1.5e-4}
 """Seconds to launch the work of one expert on one batch: running it, and adding one of its inputs to its sums."""
-EXPERT_ELEMENT = {"forward": 1.0e-10, "hessian": 3.3e-10}
-"""Seconds to move one element of its tokens: of what it is given, and of an input that is summed.  Both from Qwen3-30B-A3B at
-batches of 16 and 64 sequences (b9a6670, d117b8c in benchmarks/models.csv): what the batch changes is launches, and what is
-left when the operations are taken away is moving."""
+EXPERT_ELEMENT = {"forward": 1.5e-10, "hessian": 4.7e-11}
+"""Seconds to move one element of its tokens: of what it is given, and of an input that is summed.  From Qwen3-30B-A3B
+(benchmarks/models.csv): what the batch changes is launches (16 and 64 sequences, b9a6670 and d117b8c), and what is left when
+these and the operations are taken away is moving (8ffc03c5)."""
 
 
 def floor_seconds(shape: Shape) -> float:
@@ -61,10 +62,8 @@ def seconds(shape: Shape, ranks: int = 1, batch: int = 1) -> dict[str, float]:
     if shape.importance:
         found["importance"] = importance_seconds(shape, once) / ranks + disk_bytes(shape) / DISK_RATE
     if shape.calibrate:
-        passes = shape.total(lambda layer: sum(part_seconds(shape, layer, number) for number in range(len(layer.passes))))
-        advance = shape.total(lambda layer: pass_seconds(shape, layer) * (2 if shape.drift and not layer.to_the_end else 1))
-        passes += shape.total(lambda layer: expert_seconds(shape, layer, batches, "forward"))
-        found["forward"] = (passes + advance) / ranks
+        moving = shape.total(lambda layer: expert_seconds(shape, layer, batches, "forward"))
+        found["forward"] = (shape.total(lambda layer: forward_seconds(shape, layer)) + moving) / ranks
         products = 1.25 * T * shape.total(lambda layer: sum(group.share * group.d_in**2 for group in layer.to_solve))
         products += 2 * T * shape.total(drift_met) if shape.drift else 0
         columns = shape.total(lambda layer: sum(group.share * group.d_in for group in layer.to_solve))
@@ -80,7 +79,9 @@ def seconds(shape: Shape, ranks: int = 1, batch: int = 1) -> dict[str, float]:
         found["sweep"] += (
             shape.total(lambda layer: sum(row_feedback_seconds(*size) for size in layer.linears)) if shape.rows else 0
         )
+        validated = replace(shape, sequences=VALIDATION_SEQUENCES)
         found["report"] += 2 * once * VALIDATION_SEQUENCES / shape.sequences
+        found["report"] += shape.total(lambda layer: expert_seconds(validated, layer, 1, "forward"))
         if not shape.drift:
             del found["drift"]
     return found
@@ -104,12 +105,19 @@ def expert_seconds(shape: Shape, layer: LayerShape, batches: int, phase: str) ->
     return calls * batches * EXPERT_CALL[phase] + shape.tokens * columns * EXPERT_ELEMENT[phase]
 
 
-def part_seconds(shape: Shape, layer: LayerShape, number: int) -> float:
-    """A pass that ends when all its groups have been observed, of both models where drift is made good."""
-    T, last = shape.tokens, layer.groups[layer.passes[number][-1]]
+def forward_seconds(shape: Shape, layer: LayerShape) -> float:
+    """A pass that pauses between waves, of both models where drift is made good, or one to observe and one to go on."""
     models = 2 if shape.drift else 1
-    if shape.drift and layer.to_the_end and number == len(layer.passes) - 1:
-        return models * pass_seconds(shape, layer)
+    if len(layer.passes) > 1:
+        return 0.9 * models * pass_seconds(shape, layer)
+    return part_seconds(shape, layer, models) + models * pass_seconds(shape, layer)
+
+
+def part_seconds(shape: Shape, layer: LayerShape, models: int) -> float:
+    """A pass that ends when all groups to solve have been observed."""
+    if not layer.passes:
+        return 0.0
+    T, last = shape.tokens, layer.groups[layer.passes[0][-1]]
     if last is layer.groups[-1]:
         return models * (pass_seconds(shape, layer) - 2 * T * last.share * last.weights / 548e12)
     if not last.ran:
@@ -147,7 +155,7 @@ def solve_seconds(d_out: int, d_in: int, count: int = 1) -> tuple[float, float, 
     columns = d_in * -(-count // max(1, HESSIANS_AT_ONCE // d_in**2))  # one after the other, in all batches
     return (
         2 / 3 * cube / 42.8e12 + 1.07e-6 * columns,
-        product / 29.3e12 + 4.33e-10 * weights,
+        product / 99e12 + 2.9e-10 * weights + 6.6e-7 * columns,
         product / 361e12 + 0.93e-10 * weights,
         (cube / 3 + 3 * product) / 45e12 + 1.9e-6 * columns,
     )
@@ -183,12 +191,21 @@ def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = N
     importance = 0.0
     if shape.importance:
         importance = on_gpu + (0 if kept_away else kept) + importance_bytes(shape, batch)
-    if shape.drift:  # and the original's: what goes into a layer and comes out
-        hidden, on_gpu = 3 * hidden, 3 * on_gpu
+    if shape.drift:  # and the original's
+        hidden, on_gpu = 2 * hidden, 2 * on_gpu
     solvers = ranks if shape.drift and not shape.rows and len(largest.passes) > 1 else 1
     quantize = on_gpu + 4 * layer + solve_bytes(shape, largest, batch * shape.length, solvers)
+    quantize += max(0.0, min(paused_bytes(shape, largest, tokens), (1 - RESERVE) * device_bytes - quantize))
     host = 2.3e9 + (8 / 3 if shape.drift else 2) * layer + (hidden if hidden_away else 0) + (kept if kept_away else 0)
     return Memory(hidden, kept, kept_away, int(max(importance, quantize)), int(host))
+
+
+def paused_bytes(shape: Shape, layer: LayerShape, tokens: int) -> float:
+    """What passes hold that pause before the last wave: the residual stream and that wave's inputs, in both models."""
+    if len(layer.passes) < 2:
+        return 0.0
+    inputs = sum(layer.groups[number].share * layer.groups[number].d_in for number in layer.passes[-1])
+    return (2 if shape.drift else 1) * 2 * tokens * (shape.head[1] + inputs)
 
 
 def importance_bytes(shape: Shape, batch: int) -> float:

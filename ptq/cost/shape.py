@@ -36,14 +36,10 @@ class GroupShape:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The groups of a layer in the order they run, and by their numbers, what is collected in one pass.
-
-    `to_the_end`: the last pass runs the whole layer, whose output is then known.
-    """
+    """The groups of a layer in the order they run, and by their numbers, what is collected in one pass."""
 
     groups: tuple[GroupShape, ...]
     passes: tuple[tuple[int, ...], ...]
-    to_the_end: bool
 
     @property
     def weights(self) -> int:
@@ -125,7 +121,7 @@ def layer_shape(layer: Layer, plan: LayerPlan, passes: tuple[Pass, ...]) -> Laye
         groups.append(GroupShape(d_in, rows, rows[0] if writes else d_in, matrices.get(names, ()), ran, more, share))
     number = {names: index for index, names in enumerate(plan.groups)}
     parts = tuple(tuple(number[group.names] for group in part) for part in passes)
-    return LayerShape(tuple(groups), parts, any(plan.output in group.names for part in passes[-1:] for group in part))
+    return LayerShape(tuple(groups), parts)
 
 
 def shape_of(plan: Plan, adapter: Skeleton, sequences: int, length: int, importance: str) -> Shape:
