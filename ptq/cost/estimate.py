@@ -51,7 +51,8 @@ def graph_bytes(shape: Shape, layer: LayerShape) -> float:
 def seconds(shape: Shape, ranks: int = 1, batch: int = 1) -> dict[str, float]:
     """Estimated seconds by phase on H200s: products at a rate, and what grows with the tensors' sizes.
 
-    The constants are fitted to runs of the shapes Llama-3.2-1B, 3.1-8B and 3.1-70B (docs/performance.md), to 7 % in each phase.
+    The constants are fitted to runs of the shapes Llama-3.2-1B, 3.1-8B and 3.1-70B (docs/performance.md), to 15 % in the phases
+    that take longest.
     Sequences are shared by the ranks, `batch` of them at once, and matrices or their rows as
     ptq.runtime.distributed.shard_rows says.
     """
