@@ -1,7 +1,7 @@
 """What a run will cost: with rates measured on an H200, seconds and memory.  T: calibration tokens."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptq.calibrate.activations import DEVICE_SHARE
 from ptq.calibrate.importance import POSITIONS_AT_ONCE, SEGMENT
@@ -51,7 +51,7 @@ def seconds(shape: Shape, ranks: int = 1, batch: int = 1, kept: float = 1.0) -> 
     """Estimated seconds by phase on H200s: products at a rate, and what grows with the tensors' sizes.
 
     The constants are fitted to runs of the shapes Llama-3.2-1B, 3.1-8B and 3.1-70B (docs/performance.md), to 10 % in each phase
-    but 1B's sweep.  Sequences are shared by the ranks, `batch` of them at once, and matrices or their rows as
+    but 1B's report.  Sequences are shared by the ranks, `batch` of them at once, and matrices or their rows as
     ptq.runtime.distributed.shard_rows says.  `kept`: the part of the paused passes that there is memory for.
     """
     T = shape.tokens
@@ -78,7 +78,9 @@ def seconds(shape: Shape, ranks: int = 1, batch: int = 1, kept: float = 1.0) -> 
         found["sweep"] += (
             shape.total(lambda layer: sum(row_feedback_seconds(*size) for size in layer.linears)) if shape.rows else 0
         )
+        validated = replace(shape, sequences=VALIDATION_SEQUENCES)
         found["report"] += 2 * once * VALIDATION_SEQUENCES / shape.sequences
+        found["report"] += shape.total(lambda layer: expert_seconds(validated, layer, 1, "forward"))
         if not shape.drift:
             del found["drift"]
     return found
@@ -145,7 +147,7 @@ def solve_seconds(d_out: int, d_in: int, count: int = 1) -> tuple[float, float, 
     columns = d_in * -(-count // max(1, HESSIANS_AT_ONCE // d_in**2))  # one after the other, in all batches
     return (
         2 / 3 * cube / 42.8e12 + 1.07e-6 * columns,
-        product / 130e12 + 4.2e-10 * weights,
+        product / 99e12 + 2.9e-10 * weights + 6.6e-7 * columns,
         product / 361e12 + 0.93e-10 * weights,
         (cube / 3 + 3 * product) / 45e12 + 1.9e-6 * columns,
     )
