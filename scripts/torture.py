@@ -30,7 +30,12 @@ TESTS = ROOT / "tests"
 Bench = runpy.run_path(str(TESTS / "bench.py"))["Bench"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-WAYS = {"dense": [], "row feedback": ["--effort", "best"]}
+WAYS = {  # (family, options of the run) by kind
+    "dense": ("llama", []),
+    "mixture": ("qwen3_moe", []),
+    "row feedback": ("llama", ["--effort", "best"]),
+    "mixture, row feedback": ("qwen3_moe", ["--effort", "best"]),
+}
 
 
 def remove(output: Path) -> None:
@@ -44,7 +49,7 @@ def one_line(said: str) -> bool:
 
 def kills(bench: Any, faults: int, draw: random.Random, way: str) -> Counter:
     """Signals at moments drawn from the time a run takes, one after the other in the same work, until it is finished."""
-    options, output, found = WAYS[way], bench.folder / "killed", Counter()
+    options, output, found = WAYS[way][1], bench.folder / "killed", Counter()
     expected, whole = bench.reference(*options)
     while found["tried"] < faults:
         number = draw.choice(SIGNALS)
@@ -52,7 +57,7 @@ def kills(bench: Any, faults: int, draw: random.Random, way: str) -> Counter:
         time.sleep(draw.uniform(0, whole))
         os.kill(child, number)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        found["tried"] += 1
+        found.update({"tried": 1, signal.Signals(number).name: 1})
         told = said.read_text()
         if number != signal.SIGKILL and code == 128 + number:
             found["stopped in one line"] += 1
@@ -266,7 +271,8 @@ def main() -> int:
                 {"lost": subprocess.run(outside(kind, args), cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode}
             )
         else:
-            bench, draw = Bench(Path(tempfile.mkdtemp(dir=args.work.resolve()))), random.Random(f"{kind} {args.seed}")
+            family = WAYS[kind][0] if kind in WAYS else "llama"
+            bench, draw = Bench(Path(tempfile.mkdtemp(dir=args.work.resolve())), family=family), random.Random(f"{kind} {args.seed}")
             others = {"ranks": ranks, "disk": disk, "vanished": vanished, "shards": shards, "changed": changed}
             if kind in WAYS:
                 found = kills(bench, args.faults, draw, kind)

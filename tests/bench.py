@@ -19,12 +19,12 @@ TESTS = Path(__file__).resolve().parent
 class Bench:
     """The tiny model, its text, and runs on them."""
 
-    def __init__(self, folder: Path, layers: int = 3):
+    def __init__(self, folder: Path, layers: int = 3, family: str = "llama"):
         tiny = runpy.run_path(str(TESTS / "tiny.py"))
         forks = runpy.run_path(str(TESTS / "kill_and_resume.py"))
         self.main, self.contents, self.folder = forks["script"](), forks["digest"], folder
         self.model = folder / "model"
-        tiny["save_tiny"](self.model, num_hidden_layers=layers)
+        tiny["save_tiny"](self.model, family, num_hidden_layers=layers)
         (folder / "text.txt").write_text(tiny["TEXT"])
         about = ["--calibration", str(folder / "text.txt"), "--sequences", "8", "--length", "32", "--device", "cpu"]
         self.arguments = [str(self.model), *about]
