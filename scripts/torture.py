@@ -272,7 +272,10 @@ def main() -> int:
             )
         else:
             family = WAYS[kind][0] if kind in WAYS else "llama"
-            bench, draw = Bench(Path(tempfile.mkdtemp(dir=args.work.resolve())), family=family), random.Random(f"{kind} {args.seed}")
+            bench, draw = (
+                Bench(Path(tempfile.mkdtemp(dir=args.work.resolve())), family=family),
+                random.Random(f"{kind} {args.seed}"),
+            )
             others = {"ranks": ranks, "disk": disk, "vanished": vanished, "shards": shards, "changed": changed}
             if kind in WAYS:
                 found = kills(bench, args.faults, draw, kind)
