@@ -24,7 +24,7 @@ def remove(output: Path) -> None:
 
 
 def one_line(said: str) -> bool:
-    return said.count("\n") == 1 and said.startswith(("error: ", "stopped by "))
+    return said.count("\n") == 1 and said.startswith(("error: ", "error on rank ", "stopped by "))
 
 
 class Bench:

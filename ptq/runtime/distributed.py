@@ -32,7 +32,7 @@ def exchange() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise ConnectionError(f"another rank has ended, or cannot be reached ({str(error).splitlines()[0]})") from error
+        raise ConnectionError(f"another rank has ended, or cannot be reached ({str(error).split('. ')[0].strip()})") from error
 
 
 @dataclass(frozen=True)
