@@ -61,14 +61,16 @@ def kills(bench: Any, faults: int, draw: random.Random, way: str) -> Counter:
 
 
 def of_signal(code: int, said: str, number: int | None, size: int) -> str:
-    """What became of a process that got the signal, or of one whose other rank did."""
+    """What became of a process that got the signal, or of one whose other rank did and that was then asked to end."""
     if code == 0:
         return "ended before"
+    if -code in SIGNALS or (size > 1 and not said and code == 128 + signal.SIGTERM):
+        return "ended at once"  # before the run began, when the fork has no handler yet; or by a second signal
     if number != signal.SIGKILL and code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         return "stopped in one line" if one_line(said) and ("--resume" in said or "nothing was kept" in said) else "lost"
-    if -code in SIGNALS:  # also before the run began, when the fork has no handler yet
-        return "ended at once"
-    return "other rank gone, said in one line" if size > 1 and code == 1 and one_line(said) else "lost"
+    # Python may say before that a signal came while a generator was closed.
+    last = said.splitlines(keepends=True)[-1:]
+    return "other rank gone, said in one line" if size > 1 and code == 1 and last and one_line(last[0]) else "lost"
 
 
 def ranks(bench: Any, faults: int, draw: random.Random) -> Counter:
