@@ -25,84 +25,14 @@ from typing import Any
 
 import torch
 
+import ptq.pipeline.run
+
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
-Bench = runpy.run_path(str(TESTS / "bench.py"))["Bench"]
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-WAYS = {"dense": [], "row feedback": ["--effort", "best"]}
-
-
-def remove(output: Path) -> None:
-    for path in (output, output.with_name(f"{output.name}.unfinished")):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def one_line(said: str) -> bool:
-    return said.count("\n") == 1 and said.startswith(("error: ", "stopped by "))
-
-
-def kills(bench: Any, faults: int, draw: random.Random, way: str) -> Counter:
-    """Signals at moments drawn from the time a run takes, one after the other in the same work, until it is finished."""
-    options, output, found = WAYS[way], bench.folder / "killed", Counter()
-    expected, whole = bench.reference(*options)
-    while found["tried"] < faults:
-        number = draw.choice(SIGNALS)
-        child, said = bench.start(bench.command(output, *options, "--resume"))
-        time.sleep(draw.uniform(0, whole))
-        os.kill(child, number)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        found["tried"] += 1
-        told = said.read_text()
-        if number != signal.SIGKILL and code == 128 + number:
-            found["stopped in one line"] += 1
-            found["lost"] += not (one_line(told) and ("--resume" in told or "nothing was kept" in told))
-        elif code not in (0, -number):  # a signal before the run began, or after it ended, ends the fork itself
-            found["lost"] += 1
-            sys.stderr.write(f"{way}, {signal.Signals(number).name}: exit {code}, {told[-500:]}\n")
-        if output.exists():
-            found["finished and equal"] += bench.contents(output) == expected
-            found["lost"] += bench.contents(output) != expected
-            remove(output)
-    code, said = bench.run(bench.command(output, *options, "--resume"))
-    found["lost"] += code != 0 or bench.contents(output) != expected
-    remove(output)
-    return found
-
-
-def ranks(bench: Any, faults: int, draw: random.Random) -> Counter:
-    """One of two ranks is killed or stopped, or torchrun gets Ctrl-C; --deterministic, so that resumed bytes are comparable."""
-    process_of_rank, found = runpy.run_path(str(TESTS / "processes.py"))["process_of_rank"], Counter()
-    output, options = bench.folder / "ranks", ["--deterministic"]
-    expected, _ = bench.reference(*options)
-    script = [*TORCHRUN, str(ROOT / "scripts" / "quantize_llama.py"), *bench.command(output, *options, "--resume")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for fault in range(faults):
-        kind = ("killed", "stopped", "Ctrl-C")[fault % 3]
-        job = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        while job.poll() is None and not (output.with_name("ranks.unfinished") / "layers").is_dir():
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.3))
-        begin, rank = time.monotonic(), draw.randrange(2)
-        process = process_of_rank(rank, job.pid)
-        if process is not None:
-            os.kill(job.pid if kind == "Ctrl-C" else process, {"killed": 9, "stopped": 19, "Ctrl-C": 2}[kind])
-        said = job.communicate(timeout=120)[0]
-        found["tried"] += 1
-        found[kind] += 1
-        found["slowest end in seconds"] = max(found["slowest end in seconds"], round(time.monotonic() - begin))
-        named = (
-            f"rank {rank} has been silent" in said or f"rank      : {rank}" in said or kind == "Ctrl-C" or job.returncode == 0
-        )
-        found["lost"] += not named
-        if not named:
-            sys.stderr.write(said[-2000:])
-    if not output.exists():
-        found["lost"] += subprocess.run(script, env=environment, capture_output=True).returncode != 0
-    found["finished and equal"] += bench.contents(output) == expected
-    found["lost"] += bench.contents(output) != expected
-    remove(output)
-    return found
+BENCH, SIGNALS = (runpy.run_path(str(TESTS / name)) for name in ("bench.py", "signals.py"))
+Bench, remove, one_line = (BENCH[name] for name in ("Bench", "remove", "one_line"))
+LONG = {"long": ["--effort", "fast"], "long, drift": ["--rule", "local"]}
+WAYS, kills, ranks = (SIGNALS[name] for name in ("WAYS", "kills", "ranks"))
 
 
 def disk(bench: Any, faults: int, draw: random.Random) -> Counter:
@@ -112,7 +42,7 @@ def disk(bench: Any, faults: int, draw: random.Random) -> Counter:
     expected, _ = bench.reference("--effort", "best")
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True).returncode:
         return Counter({"not allowed to mount": 1})
-    bench.main.__globals__["check_output"] = lambda *_: None  # it would refuse a disk that is too small at once
+    ptq.pipeline.run.check_output = lambda *_: None  # it would refuse a disk that is too small at once
     output = place / "out"
     command = bench.command(output, "--effort", "best")
     try:
@@ -226,11 +156,11 @@ def changed(bench: Any, faults: int, draw: random.Random) -> Counter:
     return found
 
 
-def long_run(bench: Any, layers: int) -> Counter:
+def long_run(bench: Any, layers: int, options: list[str]) -> Counter:
     """Memory, open files and time a layer of a model of so many layers, from the tenth on: flat."""
     folder = Path(tempfile.mkdtemp(dir=bench.folder))
     deep, seen = Bench(folder, layers), []
-    child, said = deep.start(deep.command(folder / "out", "--effort", "fast", "--token-importance", "none"))
+    child, said = deep.start(deep.command(folder / "out", *options))
     layers_done = folder / "out.unfinished" / "layers"
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         done = len(list(layers_done.glob("*.json"))) if layers_done.is_dir() else 0
@@ -243,13 +173,13 @@ def long_run(bench: Any, layers: int) -> Counter:
     found = Counter({"layers": layers, "MB grown": round(memory2 - memory), "files grown": files2 - files})
     early, late = (t1 - t0) / (middle - first), (t2 - t1) / (last - middle)
     found |= Counter({"ms a layer, first half": round(1000 * early), "ms a layer, second half": round(1000 * late)})
-    found["lost"] = int(memory2 - memory > 0.25 * layers or files2 > files + 2 or late > 1.5 * early)
+    found["lost"] = int(memory2 - memory > 0.05 * layers or files2 > files + 2 or late > 1.5 * early)
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = [*WAYS, "ranks", "disk", "vanished", "shards", "changed", "long", "fuzz", "numerics"]
+    kinds = [*WAYS, "ranks", "disk", "vanished", "shards", "changed", *LONG, "fuzz", "numerics"]
     parser.add_argument("kinds", nargs="+", choices=["all", *kinds])
     parser.add_argument("--work", type=Path, required=True, help="a folder for all that is written; it is made")
     parser.add_argument("--faults", type=int, default=60, help="of each kind (default: %(default)s)")
@@ -266,12 +196,16 @@ def main() -> int:
                 {"lost": subprocess.run(outside(kind, args), cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode}
             )
         else:
-            bench, draw = Bench(Path(tempfile.mkdtemp(dir=args.work.resolve()))), random.Random(f"{kind} {args.seed}")
+            family = WAYS[kind][0] if kind in WAYS else "llama"
+            bench, draw = (
+                Bench(Path(tempfile.mkdtemp(dir=args.work.resolve())), family=family),
+                random.Random(f"{kind} {args.seed}"),
+            )
             others = {"ranks": ranks, "disk": disk, "vanished": vanished, "shards": shards, "changed": changed}
             if kind in WAYS:
                 found = kills(bench, args.faults, draw, kind)
             else:
-                found = long_run(bench, 200) if kind == "long" else others[kind](bench, args.faults, draw)
+                found = long_run(bench, 200, LONG[kind]) if kind in LONG else others[kind](bench, args.faults, draw)
             shutil.rmtree(bench.folder)
         lost += found["lost"]
         print(json.dumps({"kind": kind, **found, "seconds": round(time.monotonic() - begin)}), flush=True)

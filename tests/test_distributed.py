@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 from ptq.export.checkpoint import shard_name
-from ptq.runtime.distributed import Ranks, assign, shard_rows
+from ptq.runtime.distributed import Ranks, assign, init_process_group, shard_rows
 from ptq.runtime.heartbeat import heartbeat, may_wait
 
 from .conftest import ROOT
@@ -139,6 +139,29 @@ def test_a_silent_rank_is_named(monkeypatch, tmp_path, alive):
     assert os.waitstatus_to_exitcode(ended[1]) == (0 if alive else 1)
     said = (tmp_path / "said").read_text()
     assert said == ("" if alive else "error on rank 0: rank 1 has been silent for 1 s; it is dead, stopped or cut off\n")
+
+
+def test_a_rank_whose_other_has_ended_says_so(tmp_path):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+            try:
+                with init_process_group(torch.device("cpu")) as ranks:
+                    ranks.all_reduce(torch.ones(2))
+                    if rank == 0:
+                        ranks.all_reduce(torch.ones(2))
+            except ConnectionError as error:
+                (tmp_path / "said").write_text(str(error))
+            finally:
+                os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("another rank has ended, or cannot be reached (") and "\n" not in said
 
 
 def locked() -> None:

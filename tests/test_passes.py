@@ -4,16 +4,22 @@ import copy
 import gc
 import weakref
 from functools import partial
+from itertools import count
 
 import pytest
 import torch
 
 from ptq.calibrate import passes
+from ptq.calibrate.activations import embed_all
+from ptq.calibrate.collect import collect
 from ptq.calibrate.observe import LayerPass
+from ptq.calibrate.passes import Original, Passes, Stream
 from ptq.models.adapter import ModelAdapter
 from ptq.models.families import FAMILIES
+from ptq.run import loop
 from ptq.run.loop import Calibration, quantize_model
 from ptq.run.recipe import Recipe
+from ptq.runtime.distributed import Ranks
 from ptq.runtime.hooks import Forward
 from ptq.settings import DRIFTS
 
@@ -85,14 +91,14 @@ def test_a_kept_pass_runs_every_linear_once(kept, monkeypatch):
     model, calls = tiny_model(num_hidden_layers=1), dict.fromkeys(("q_proj", "up_proj"), 0)
     for name in calls:
         linear = next(module for full, module in model.named_modules() if full.endswith(name))
-        linear.register_forward_hook(partial(count, calls, name))
+        linear.register_forward_hook(partial(add_one, calls, name))
     list(quantize_model(ModelAdapter(model), Recipe(drift=1.0), Calibration(tokens(4).split(2))))
     # Two batches, and one run to see how the layer's linears hang together.  Passes that are let go come to q_proj for the
     # inputs of o_proj, of the MLP, of down_proj and for the output; to up_proj for the last two.
     assert calls == ({"q_proj": 2 + 1, "up_proj": 2 + 1} if kept else {"q_proj": 8 + 1, "up_proj": 4 + 1})
 
 
-def count(calls, name, *_):
+def add_one(calls, name, *_):
     calls[name] += 1
 
 
@@ -126,3 +132,101 @@ class Holder:
 
 def broken(hidden):
     raise RuntimeError("broken")
+
+
+def paused() -> int:
+    """Passes that wait to go on."""
+    gc.collect()
+    return sum(type(one) is Forward and not one.dead for one in gc.get_objects())
+
+
+class Full:
+    """A hook that says there is no memory for more than two sequences, at the second batch that comes to it."""
+
+    def __init__(self, module, *, original: bool):
+        self.module, self.original, self.calls = module, original, count(1)
+        module.register_forward_pre_hook(self)
+
+    def __call__(self, module, args) -> None:
+        if (module is not self.module) == self.original and len(args[0]) > 2 and next(self.calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    def __deepcopy__(self, memo) -> "Full":
+        return self
+
+
+@pytest.mark.parametrize("original", [False, True], ids=["ours", "original"])
+@pytest.mark.parametrize(
+    "wave, place", [(0, "post_attention_layernorm"), (1, "self_attn.o_proj"), (2, "post_attention_layernorm")]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_out_of_memory_in_a_wave_does_it_again_with_half_the_batch(family, wave, place, original, monkeypatch):
+    """The first batch of the wave has been taken in by then.  The same as a run that goes over to half the batch before it.
+    Where half of the drift is made good all is collected in wave 0."""
+    found, waves = [], count()
+    recipe = Recipe(drift=1.0) if wave else Recipe(drift=0.5, stagewise=False)
+
+    def collect_with_less(passes, *arguments):
+        if next(waves) == wave:
+            passes.stream.hidden.batch = 2
+        return collect(passes, *arguments)
+
+    def run() -> dict:
+        results = quantize_model(ModelAdapter(model), recipe, Calibration(tokens(7).split(4)))
+        return {record.name: weight for record, weight in results}
+
+    model = tiny_model(family)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "collect", collect_with_less)
+        found.append(run())
+    model = tiny_model(family)
+    Full(model.model.layers[0].get_submodule(place), original=original)
+    with pytest.warns(UserWarning, match="out of memory in phase 'forward': going on with 2 sequences at once"):
+        found.append(run())
+    assert found[0].keys() == found[1].keys() and paused() == 0
+    for name, weight in found[0].items():
+        assert torch.equal(weight.codes, found[1][name].codes) and torch.equal(weight.scales, found[1][name].scales)
+
+
+@pytest.mark.parametrize("original", [False, True], ids=["ours", "original"])
+@torch.no_grad()
+def test_out_of_memory_while_passes_end_begins_those_that_are_left(original, monkeypatch):
+    """Every sequence gets through the layer once, those of the batch that failed and after it by halves."""
+    adapter = ModelAdapter(tiny_model())
+    layer = next(adapter.layers())
+    plan, hidden = adapter.plan(layer), embed_all(adapter, tokens(7).split(4))
+    stream = Stream(hidden, Ranks(), 7, original=Original(copy_of(layer), hidden.copy()))
+    before, going = hidden.data.clone(), Passes(adapter, layer, plan, stream, keep_ours=True, keep_theirs=True)
+    for wave in plan.waves:
+        collect(going, wave, [[0]] * len(wave))
+        for group in wave:
+            change(layer, group)
+    finish, calls = LayerPass.finish, count(1)
+
+    def full(one) -> torch.Tensor:
+        if (one.layer is not layer) == original and next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return finish(one)
+
+    monkeypatch.setattr(LayerPass, "finish", full)
+    with pytest.warns(UserWarning, match="going on with 2 sequences at once"):
+        going.finish()
+    for state, of in ((hidden, layer), (stream.original.hidden, stream.original.layer)):
+        assert torch.equal(state.data, torch.cat([adapter.forward(of, x) for x in before.split([4, 2, 1])]))
+    assert paused() == 0
+
+
+@pytest.mark.parametrize("wrong", [ValueError, KeyboardInterrupt])
+def test_a_run_that_ends_early_leaves_no_pass_behind(wrong):
+    """It would be held for good, and with it the layer and the sequences."""
+    model = tiny_model()
+    calls = count(1)
+
+    def fail(*_) -> None:
+        if next(calls) == 3:
+            raise wrong
+
+    model.model.layers[1].post_attention_layernorm.register_forward_pre_hook(fail)
+    with pytest.raises(wrong):
+        list(quantize_model(ModelAdapter(model), Recipe(drift=1.0), Calibration(tokens(4).split(2))))
+    assert paused() == 0

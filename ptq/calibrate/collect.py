@@ -59,7 +59,10 @@ def collect(passes: Passes, groups: Sequence[Group], owners: Sequence[Sequence[i
     if starved:
         some = [groups[i] for i in starved]
         alone = Passes(passes.adapter, passes.layer, plan, stream)
-        again = collect_from(alone, some, [owners[i] for i in starved], [group[0] for group in some])
+        try:
+            again = collect_from(alone, some, [owners[i] for i in starved], [group[0] for group in some])
+        finally:
+            alone.clear()
         for i, whole in zip(starved, again, strict=True):
             sums[i] = replace(whole, routed=sums[i].hessian.tokens)
     return sums

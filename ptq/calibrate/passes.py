@@ -66,6 +66,7 @@ class Passes:
         self.adapter, self.layer, self.plan, self.stream = adapter, layer, plan, stream
         self._keep = keep_ours, keep_theirs
         self._paused: dict[tuple[int, int], list[LayerPass | None]] = {}
+        self._running: list[LayerPass] = []
         self._batch = stream.hidden.batch
 
     def take(self, rows: slice) -> list[LayerPass]:
@@ -74,11 +75,14 @@ class Passes:
             self.clear()
         original = self.stream.original
         begin = [self._begin_ours, self._begin_theirs] if original else [self._begin_ours]
-        kept = self._paused.pop((rows.start, rows.stop), None) or [None] * len(begin)
-        return [one or new(rows) for one, new in zip(kept, begin, strict=True)]
+        kept = self._paused.get((rows.start, rows.stop)) or [None] * len(begin)
+        self._running = [one or new(rows) for one, new in zip(kept, begin, strict=True)]
+        self._paused.pop((rows.start, rows.stop), None)
+        return self._running
 
     def put_back(self, rows: slice, passes: list[LayerPass]) -> None:
         """To go on later, if they can and there is memory for it; of a pair that stands at a wave both or none."""
+        self._running = []
         keep = [keep for keep, _ in zip(self._keep, passes, strict=False)]
         whole = all(one.can_finish for one, wanted in zip(passes, keep, strict=True) if wanted)
         if not whole or not any(keep) or free_share(self.stream.hidden.device) <= RESERVE:
@@ -88,10 +92,12 @@ class Passes:
         self._paused[rows.start, rows.stop] = [one if wanted else None for one, wanted in zip(passes, keep, strict=True)]
 
     def clear(self) -> None:
-        """All begin again."""
-        for passes in self._paused.values():
+        """All begin again, and nothing is held of those that ran, nor of one that failed: a paused pass is on its own stack,
+        and so would never be collected."""
+        for passes in [*self._paused.values(), self._running]:
             close([one for one in passes if one])
         self._paused.clear()
+        self._running = []
         self._batch = self.stream.hidden.batch
 
     def finish(self) -> None:
@@ -100,7 +106,9 @@ class Passes:
         states = [self.stream.hidden, original.hidden] if original else [self.stream.hidden]
 
         def work(rows: slice) -> None:
-            outputs = [one.finish() for one in self.take(rows)]
+            passes = self.take(rows)
+            outputs = [one.finish() for one in passes]
+            close(passes)
             for hidden, output in zip(states, outputs, strict=True):
                 hidden.store(rows, output)
 

@@ -101,15 +101,19 @@ def quantize_layers(
     check_calibration(plan, calibration, sums_of)
     loop = LayerLoop(adapter, plan, calibration, ranks or Ranks(), on_host, sums_of)
     first = 0 if loop.stream else finished
-    for layer in adapter.layers(range(first, len(adapter.names))):
-        with fused_norms(layer.module):
-            loop.begin(layer)
-            if layer.index < finished:
-                assert restore
-                loop.restore(layer, restore)
-            else:
-                yield loop.quantize(layer)
-            loop.advance(layer)
+    try:
+        for layer in adapter.layers(range(first, len(adapter.names))):
+            with fused_norms(layer.module):
+                loop.begin(layer)
+                if layer.index < finished:
+                    assert restore
+                    loop.restore(layer, restore)
+                else:
+                    yield loop.quantize(layer)
+                loop.advance(layer)
+    finally:
+        if loop.passes:
+            loop.passes.clear()
 
 
 def check_calibration(plan: Plan, calibration: Calibration, sums_of: SumsOf | None) -> None:

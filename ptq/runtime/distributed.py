@@ -22,6 +22,19 @@ GROUPS = 8
 TIMEOUT = timedelta(minutes=10)
 
 
+@contextmanager
+def exchange() -> Iterator[None]:
+    """The block waits for other ranks.  Raises ConnectionError where one has ended meanwhile: gloo and NCCL raise a RuntimeError
+    of no class of its own."""
+    try:
+        with may_wait():
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ConnectionError(f"another rank has ended, or cannot be reached ({str(error).split('. ')[0].strip()})") from error
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among `size`.  Alone, every function is the identity."""
@@ -55,7 +68,7 @@ class Ranks:
         groups = self.groups(sequences)
         return [slice(group.start - groups[0].start, group.stop - groups[0].start) for group in groups]
 
-    @may_wait()
+    @exchange()
     def reduce(self, tensor: Tensor, owner: int) -> None:
         """In place: the sum over ranks, valid on `owner`."""
         if self.size == 1:
@@ -73,21 +86,21 @@ class Ranks:
             tensor += other
             step *= 2
 
-    @may_wait()
+    @exchange()
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """In place: the sum over ranks, on every rank."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    @may_wait()
+    @exchange()
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
         """In place: the largest over ranks, on every rank."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
-    @may_wait()
+    @exchange()
     def all_reduce_value(self, value: float, device: torch.device) -> float:
         if self.size == 1:
             return value
@@ -95,13 +108,13 @@ class Ranks:
         dist.all_reduce(tensor)
         return float(tensor)
 
-    @may_wait()
+    @exchange()
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """In place: `owner`'s tensor on every rank."""
         if self.size > 1:
             dist.broadcast(tensor, owner)
 
-    @may_wait()
+    @exchange()
     def all_gather(self, tensor: Tensor, sequences: int) -> Tensor:
         """(sequences, …) of all ranks from each rank's own part, on every rank."""
         if self.size == 1:
@@ -111,7 +124,7 @@ class Ranks:
         dist.all_reduce(whole)  # every element has one term that is not zero
         return whole
 
-    @may_wait()
+    @exchange()
     def all_gather_object(self, value: object) -> list:
         """Every rank's `value`, by rank."""
         values = [value] * self.size
