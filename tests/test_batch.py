@@ -62,7 +62,9 @@ def test_a_batch_is_what_each_is_alone(format, case):
             assert ours is theirs or torch.equal(ours[number], theirs)  # type: ignore[index,arg-type]
 
 
-@pytest.mark.parametrize("format,rule", [(NVFP4, "local"), (NVFP4, "joint"), (SMALL_INT4, "joint")], ids=str)
+@pytest.mark.parametrize(
+    "format,rule", [(NVFP4, "local"), (NVFP4, "joint"), (SMALL_INT4, "joint")], ids=lambda part: getattr(part, "name", part)
+)
 def test_kernels_take_a_batch(format, rule):
     W, H, _ = problem(2, 17, 64)
     A = damped(H, 0.01)
