@@ -195,7 +195,8 @@ def test_out_of_memory_while_passes_end_begins_those_that_are_left(original, mon
     adapter = ModelAdapter(tiny_model())
     layer = next(adapter.layers())
     plan, hidden = adapter.plan(layer), embed_all(adapter, tokens(7).split(4))
-    stream = Stream(hidden, Ranks(), 7, original=Original(copy_of(layer), hidden.copy()))
+    theirs = Original(copy_of(layer), hidden.copy())
+    stream = Stream(hidden, Ranks(), 7, original=theirs)
     before, going = hidden.data.clone(), Passes(adapter, layer, plan, stream, keep_ours=True, keep_theirs=True)
     for wave in plan.waves:
         collect(going, wave, [[0]] * len(wave))
@@ -211,7 +212,7 @@ def test_out_of_memory_while_passes_end_begins_those_that_are_left(original, mon
     monkeypatch.setattr(LayerPass, "finish", full)
     with pytest.warns(UserWarning, match="going on with 2 sequences at once"):
         going.finish()
-    for state, of in ((hidden, layer), (stream.original.hidden, stream.original.layer)):
+    for state, of in ((hidden, layer), (theirs.hidden, theirs.layer)):
         assert torch.equal(state.data, torch.cat([adapter.forward(of, x) for x in before.split([4, 2, 1])]))
     assert paused() == 0
 
