@@ -25,7 +25,7 @@ from ptq.runtime.hooks import observe_inputs
 from .test_export import TOKENS, export
 from .test_runner import tokens
 from .test_script import main  # noqa: F401  # a fixture
-from .tiny import TEXT, save_tiny, tiny_model
+from .tiny import tiny_model
 
 MIXTURES = [name for name, family in FAMILIES.items() if family.experts]
 
@@ -155,24 +155,6 @@ def test_importance_and_row_feedback_know_of_experts():
     records = [record for record, _ in quantize_model(ModelAdapter(model), recipe, calibration)]
     assert len(records) == 2 * (4 + 12) and all(record.error is not None for record in records)
     assert any(record.validation_error is not None for record in records if ".experts." in record.name)
-
-
-@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "gpt_oss"])
-def test_an_unfinished_mixture_goes_on_to_the_same_bytes(main, tmp_path, monkeypatch, family):  # noqa: F811
-    from ptq.run.resume import Unfinished
-
-    from .test_unfinished import contents, full_at_the_second
-
-    save_tiny(tmp_path / "model", family, num_hidden_layers=3)
-    (tmp_path / "text.txt").write_text(TEXT)
-    text = ["--calibration", str(tmp_path / "text.txt"), "--sequences", "4", "--length", "32", "--device", "cpu"]
-    arguments = [str(tmp_path / "model"), *text, "--output"]
-    with monkeypatch.context() as patch:
-        patch.setattr(Unfinished, "write_layer", full_at_the_second)
-        assert main([*arguments, str(tmp_path / "out")]) == 1
-    assert main([*arguments, str(tmp_path / "out"), "--resume"]) == 0
-    assert main([*arguments, str(tmp_path / "again")]) == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
 def as_linears(folder):

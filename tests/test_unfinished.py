@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from ptq.export.checkpoint import write_rest
 from ptq.export.compressed_tensors import CompressedTensors
 from ptq.models.adapter import ModelAdapter
+from ptq.models.families import FAMILIES
 from ptq.models.loading import load_model, open_model
 from ptq.models.shards import read_header
 from ptq.run import resume
@@ -273,3 +274,17 @@ def test_a_full_disk_ends_the_run_and_a_larger_one_goes_on(main, tmp_path, job, 
         assert contents(disk / "out") == contents(tmp_path / "other")
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_goes_on_to_the_same_bytes(main, tmp_path, monkeypatch, family):  # noqa: F811
+    save_tiny(tmp_path / "model", family)
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = ["--calibration", str(tmp_path / "text.txt"), "--sequences", "4", "--length", "32", "--device", "cpu"]
+    arguments = [str(tmp_path / "model"), *text, "--output"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "write_layer", full_at_the_second)
+        assert main([*arguments, str(tmp_path / "out")]) == 1
+    assert main([*arguments, str(tmp_path / "out"), "--resume"]) == 0
+    assert main([*arguments, str(tmp_path / "again")]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
