@@ -231,3 +231,13 @@ def test_a_run_that_ends_early_leaves_no_pass_behind(wrong):
     with pytest.raises(wrong):
         list(quantize_model(ModelAdapter(model), Recipe(drift=1.0), Calibration(tokens(4).split(2))))
     assert paused() == 0
+
+
+def test_a_pass_that_is_closed_while_another_runs_goes_back_to_that():
+    """As when garbage is collected."""
+    linear, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    first = Forward(lambda: linear(x))
+    assert first.observe([linear], lambda *_: None, (linear,)) is None and not first.dead
+    second = Forward(lambda: (first.close(), linear(x))[1])
+    result = second.observe((), lambda *_: None)
+    assert result is not None and torch.equal(result, linear(x)) and first.dead and second.dead

@@ -62,6 +62,7 @@ class Forward(greenlet):
         self._observe, self._last = observe, last
         register = [linear.register_forward_hook if self.frozen else linear.register_forward_pre_hook for linear in linears]
         handles = [one(self._hook) for one in register]
+        self.parent = getcurrent()  # where a pause leads
         try:
             result = self.switch()
             return result if self.dead else None
@@ -71,8 +72,10 @@ class Forward(greenlet):
                 handle.remove()
 
     def close(self) -> None:
-        """Lets go of what a pass holds that will not go on."""
-        self.throw()
+        """Lets go of what a pass holds that will not go on.  Garbage may be collected while another pass runs: back to that."""
+        if not self.dead:
+            self.parent = getcurrent()
+            self.throw()
 
     def _hook(self, module: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> None:
         if not _observed.get():
