@@ -4,7 +4,7 @@ All of it is one forward hook per linear (ptq.runtime.hooks.replace_inputs) that
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.calibrate.activations import each_batch
-from ptq.calibrate.observe import Observed, run_and_observe
+from ptq.calibrate.observe import LayerPass, Observed
 from ptq.calibrate.passes import Stream
 from ptq.core.activations import ActivationFormat, global_scale_of
 from ptq.core.packing import Quantized
@@ -94,7 +94,8 @@ def largest_inputs(adapter: Adapter, layer: Layer, plan: LayerPlan, waves: Seque
             place.copy_(torch.maximum(place, seen.x.abs().amax().float()))
 
     def work(rows: slice) -> None:
-        run_and_observe(adapter, layer, plan, list(wave_of), stream.hidden.load(rows), observe, streams=False)
+        with closing(LayerPass(adapter, layer, plan, stream.hidden.load(rows))) as one:
+            one.observe(list(wave_of), observe, streams=False)
 
     each_batch(stream.hidden, "forward", work)
     return stream.ranks.all_reduce_max(largest)

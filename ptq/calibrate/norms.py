@@ -28,10 +28,11 @@ def eps_of(module: nn.Module) -> float | None:
 @contextmanager
 def fused_norms(module: nn.Module) -> Iterator[None]:
     """Inside the block the RMSNorms in `module` that are on a GPU run as one kernel; sums of squares in another order."""
-    found = [part for part in module.modules() if "norm" in type(part).__name__.lower() and eps_of(part) is not None]
-    found = [part for part in found if part.weight.is_cuda]  # type: ignore[union-attr]
-    for part in found:
-        part.forward = partial(kernels.rms_norm, weight=part.weight, eps=part.variance_epsilon)  # type: ignore[method-assign,arg-type]
+    norms = [part for part in module.modules() if "norm" in type(part).__name__.lower()]
+    on_gpu = [part for part in norms if all(weight.is_cuda for weight in part.parameters())]
+    found = {part: eps for part in on_gpu if (eps := eps_of(part)) is not None}
+    for part, eps in found.items():
+        part.forward = partial(kernels.rms_norm, weight=part.weight, eps=eps)  # type: ignore[method-assign,arg-type]
     try:
         yield
     finally:

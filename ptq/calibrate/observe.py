@@ -127,21 +127,3 @@ class LayerPass:
         """Those of the names that run last, which may be a mixture's experts."""
         wave = next(wave for wave in self._plan.waves if any(names[-1] in group for group in wave))
         return [name for name in names if any(name in group for group in wave)]
-
-
-def run_and_observe(
-    adapter: Adapter,
-    layer: Layer,
-    plan: LayerPlan,
-    names: Sequence[str],
-    hidden: Tensor,
-    observe: Callable[[Observed], object],
-    *,
-    streams: bool,
-) -> None:
-    """Runs the layer as far as it must, and calls observe as `LayerPass` does."""
-    one = LayerPass(adapter, layer, plan, hidden)
-    try:
-        one.observe(names, observe, streams=streams)
-    finally:
-        one.close()
