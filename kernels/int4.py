@@ -1,12 +1,13 @@
-"""GPTQ of INT4 on the GPU: one block of 32 to 256 columns in one launch, its bfloat16 scale chosen in the loop.
+"""GPTQ of INT4 on the GPU: one block of 32 to 256 columns, its bfloat16 scale chosen in the loop.
 
-The reference is ptq.methods.gptq.sweep_panel with a panel of one block.  A block this wide does not fit the registers of a thread,
-so a program (one warp) owns one row, and its tile is candidate scales × columns: the recursion walks the columns, and at each the
-warp sums that column out of the tile, rounds it for every candidate, and takes its error from the columns after it.  The smallest
-loss wins, the smaller scale on a tie, and the recursion runs once more for the winner.
+The reference is ptq.methods.gptq.sweep_panel with a panel of one block.  A line is a row under one candidate scale.  A thread owns
+a few lines and takes their columns a sub-block at a time: what the errors of earlier sub-blocks do to these columns comes first,
+from memory, then the recursion runs through the sub-block in registers.  Each element takes its errors in the order of the
+columns, as in the reference.  One kernel chooses scales, a second one rounds each row under its own.
 
-Scales are tried in chunks upwards from the absmax one, then downwards, to where the bounds of ptq.core.scales say that no other can
-beat the best loss so far.
+Scales are tried in chunks, from around the absmax one upwards, then downwards, to where the bounds of ptq.core.scales say that no
+other can beat the best loss so far.  A loss is a sum of squares that grows with the columns, so a chunk ends where every candidate
+of it has lost.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ptq.core.formats import BF16, INT4, Format
-from ptq.core.scales import inverse_diagonal, or_identity, schur_complements
+from ptq.core.scales import or_identity, schur_complements
 from ptq.kernels.rounding import quotient
 from ptq.kernels.search import MARGIN
 
-# Elements of a tile: 32 registers of a warp.
-TILE = 1024
+# Columns of a sub-block.
+COLUMNS = 16
+# Rows × candidates of a program, one warp.
+ROWS, CANDIDATES = 4, 32
+# Programs that have room for their errors at a time.
+PROGRAMS = 2048
+# Rows of a program that rounds.
+ROWS_TO_ROUND = 32
 # 1.5 · 2²³: adding and taking it away rounds to an integer, ties to even.
 SHIFT = tl.constexpr(1.5 * 2.0**23)
 # Codes of the smallest and the largest normal bfloat16.
@@ -46,153 +53,223 @@ def nearest_code(x):
 @triton.jit
 def absmax_code(amax):
     """The code of the absmax scale, as ptq.core.formats.nearest_bf16."""
-    return tl.maximum(nearest_code(tl.div_rn(amax, 7.5)), FIRST)
+    return tl.maximum(nearest_code(tl.div_rn(amax, tl.full(amax.shape, 7.5, tl.float32))), FIRST)
 
 
 @triton.jit
 def decode(code):
-    """The bfloat16 number of bits `code` (int32), as float32."""
-    return (code << 16).to(tl.float32, bitcast=True)
+    """The bfloat16 number of bits `code` (int32), as float32; the nearest one where there is none."""
+    return (tl.minimum(tl.maximum(code, FIRST), LAST) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def column(tile, k, c):
-    """Column c of a tile (lines, K); k (1, K) counts the columns.  The sum has one term."""
-    return tl.sum(tl.where(k == c, tile, 0.0), axis=1)[:, None]
+def subtract_errors(left, e_ptr, f_ptr, columns, K: tl.constexpr, LINES: tl.constexpr):
+    """left_c - Σ_m e_m F_mc of the first `columns` columns m, in their order, for the tuple `left` of adjacent columns."""
+    for m in range(columns):
+        e = tl.load(e_ptr + m * LINES)
+        less = ()
+        for c in tl.static_range(len(left)):
+            less = less + (left[c] - e * tl.load(f_ptr + m * K + c),)
+        left = less
+    return left
 
 
 @triton.jit
-def round_with_feedback(x, s, inverse, k, v_ptr, d_ptr, K: tl.constexpr, RECORD: tl.constexpr):
-    """(loss, largest |code value|, q, E) of GPTQ inside a block, for scales s (lines, 1); without RECORD q and E stay 0.
+def round_columns(
+    x_ptr, s, inverse, e_ptr, f_ptr, d_ptr, first, K: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
+    RULE: tl.constexpr,
+):  # fmt: skip
+    """(q, e, z) of the COLUMNS columns from `first` on, tuples: values in units of s, errors, and what squared is the loss.
 
-    v_ptr: U with each row divided by its diagonal element, of which d_ptr holds the inverse.
+    `joint`: F is U, the errors are those of GPTQ (d = 1 / U_cc).  `quadratic`: F is G, the errors are x - s q, z is a column of
+    their product with G (d = G_cc).  e_ptr: errors of the columns before.
     """
-    left = x + tl.zeros([s.shape[0], K], tl.float32)
-    loss = tl.zeros(s.shape, tl.float32)
-    largest = tl.zeros(s.shape, tl.float32)
-    q = tl.zeros(left.shape, tl.float32)
-    E = tl.zeros(left.shape, tl.float32)
-    for c in range(K):
-        value = column(left, k, c)
-        rounded = round_int4(value, s, inverse)
-        error = tl.fma(-rounded, s, value)
-        left -= error * tl.load(v_ptr + c * K + k)
-        scaled = error * tl.load(d_ptr + c)
-        loss += scaled * scaled
-        largest = tl.maximum(largest, tl.abs(rounded))
-        if RECORD:
-            q = tl.where(k == c, rounded, q)
-            E = tl.where(k == c, scaled, E)
-    return loss, largest, q, E
+    x = ()
+    left = ()
+    for c in tl.static_range(COLUMNS):
+        x = x + (tl.load(x_ptr + first + c),)
+        left = left + ((x[c] if RULE == "joint" else 0.0) + tl.zeros(s.shape, tl.float32),)
+    if RULE != "mse":
+        left = subtract_errors(left, e_ptr, f_ptr + first, first, K, LINES)
+    q = ()
+    e = ()
+    z = ()
+    for c in tl.static_range(COLUMNS):
+        value = left[c]
+        if RULE != "mse":
+            for m in tl.static_range(c):
+                value -= e[m] * tl.load(f_ptr + (first + m) * K + first + c)
+        rounding = value if RULE == "joint" else x[c] + tl.zeros(s.shape, tl.float32)
+        q = q + (round_int4(rounding, s, inverse),)
+        error = tl.fma(-q[c], s, rounding)
+        if RULE == "joint":
+            error *= tl.load(d_ptr + first + c)
+        e = e + (error,)
+        z = z + ((value - error * tl.load(d_ptr + first + c) if RULE == "quadratic" else error),)
+    return q, e, z
 
 
 @triton.jit
-def candidate_loss(x, s, k, v_ptr, d_ptr, m_ptr, K: tl.constexpr, RULE: tl.constexpr):
-    """(loss, largest |code value|), both (lines, 1), of scales s (lines, 1)."""
+def candidate_loss(
+    x_ptr, s, possible, best, e_ptr, f_ptr, d_ptr, K: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
+    RULE: tl.constexpr,
+):  # fmt: skip
+    """(loss, largest |code value|) of scales s; where all are above `best`, over the columns up to there."""
     inverse = tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
-    if RULE == "joint":
-        loss, largest, _, _ = round_with_feedback(x, s, inverse, k, v_ptr, d_ptr, K, RECORD=False)
-    else:
-        q = round_int4(x, s, inverse)
-        r = x - q * s
-        largest = tl.max(tl.abs(q), axis=1)[:, None]
-        z = r
-        if RULE == "quadratic":
-            z = tl.zeros(r.shape, tl.float32)
-            for c in range(K):
-                z += column(r, k, c) * tl.load(m_ptr + c * K + k)
-        loss = tl.sum(z * r, axis=1)[:, None]
+    loss = tl.where(possible, 0.0, float("inf"))
+    largest = tl.zeros(s.shape, tl.float32)
+    first = 0
+    while first < K:
+        q, e, z = round_columns(x_ptr, s, inverse, e_ptr, f_ptr, d_ptr, first, K, COLUMNS, LINES, RULE)
+        for c in tl.static_range(COLUMNS):
+            loss += z[c] * z[c]
+            largest = tl.maximum(largest, tl.abs(q[c]))
+        first += COLUMNS
+        if RULE != "mse":
+            if first < K:
+                for c in tl.static_range(COLUMNS):
+                    tl.store(e_ptr + (first - COLUMNS + c) * LINES, e[c])
+            tl.debug_barrier()
+        first = tl.where(any(loss <= best), first, K)
     return loss, largest
 
 
 @triton.jit
-def choose_code(
-    x, k, v_ptr, d_ptr, m_ptr, c_ptr, K: tl.constexpr, LINES: tl.constexpr, STRIDE: tl.constexpr, RULE: tl.constexpr
-):
-    """The code (0-d) of smallest loss for the one row x (1, K)."""
-    magnitudes = tl.abs(x)
-    amax = tl.max(tl.max(magnitudes, axis=1), axis=0)
-    start = absmax_code(amax)
-    lane = tl.arange(0, LINES)[:, None] * STRIDE
-    best = tl.full([LINES, 1], float("inf"), tl.float32)
-    best_code = start + tl.zeros([LINES, 1], tl.int32)
-    c = tl.load(c_ptr + k)
-    lowest = amax * 0.0
-    code = start + lane
-    step = LINES * STRIDE
-    while step != 0:
-        s = decode(tl.minimum(tl.maximum(code, FIRST), LAST))
-        loss, largest = candidate_loss(x, s, k, v_ptr, d_ptr, m_ptr, K, RULE)
-        valid = (code >= FIRST) & (code <= LAST)
-        better = valid & ((loss < best) | ((loss == best) & (code < best_code)))
-        best = tl.where(better, loss, best)
-        best_code = tl.where(better, code, best_code)
-        code += step
-        if step > 0:
-            room = tl.sqrt(tl.min(tl.min(best, axis=1), axis=0)) * c
-            telling = tl.where(magnitudes * MARGIN > room, magnitudes, float("inf"))
-            last = (code - step >= LAST) | ((largest == 0) & valid) | (0.5 * s >= tl.min(tl.min(telling, axis=1), axis=0))
-            if RULE == "mse":
-                last = last | ((3.5 * s >= amax) & (code - step >= FIRST + 128))
-            if tl.max(tl.max(last.to(tl.int32), axis=1), axis=0) == 1:
-                lowest = tl.max(tl.max(magnitudes - room, axis=1), axis=0) * (MARGIN / 8.0)
-                code = start - LINES * STRIDE + lane
-                step = -LINES * STRIDE
-        if step < 0:
-            possible = (code >= FIRST) & (decode(tl.maximum(code, FIRST)) >= lowest)
-            step = tl.where(tl.max(tl.max(possible.to(tl.int32), axis=1), axis=0) == 1, step, 0)
-    smallest = tl.min(tl.min(best, axis=1), axis=0)
-    return tl.min(tl.min(tl.where(best == smallest, best_code, LAST), axis=1), axis=0)
+def any(x):
+    """Whether any of x (ROWS, CANDIDATES) is true."""
+    return tl.max(tl.max(x.to(tl.int32), axis=1), axis=0) == 1
 
 
 @triton.jit
-def block_kernel(
-    x_ptr, v_ptr, d_ptr, m_ptr, c_ptr, q_ptr, scales_ptr, e_ptr, loss_ptr,
-    x_stride, q_stride, scales_stride, e_stride, v_matrix, d_matrix, m_matrix, c_matrix,
-    K: tl.constexpr, LINES: tl.constexpr, STRIDE: tl.constexpr, RULE: tl.constexpr,
-):  # fmt: skip
-    """One row of a block: q, its scale and E are written, loss is added to.
+def bounds(magnitudes, best, c, RULE: tl.constexpr):
+    """Scales below the first and from the second on (ROWS, 1) lose to the loss `best` (ROWS, 1): the one clips, the other leaves
+    too little.  magnitudes (ROWS, K), c (1, K)."""
+    room = tl.sqrt(best) * c
+    lowest = tl.max(magnitudes - room, axis=1)[:, None] * (MARGIN / 8.0)
+    highest = 2.0 * tl.min(tl.where(magnitudes * MARGIN > room, magnitudes, float("inf")), axis=1)[:, None]
+    return lowest, highest
 
-    Of a batch of matrices, one below the other; …_matrix is how far what belongs to one is from that of the next.
+
+@triton.jit
+def choose_code(
+    x_ptr, magnitudes, e_ptr, f_ptr, d_ptr, c, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    CANDIDATES: tl.constexpr, STRIDE: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """The code (ROWS, 1) of smallest loss."""
+    LINES: tl.constexpr = ROWS * CANDIDATES
+    amax = tl.max(magnitudes, axis=1)[:, None]
+    best = tl.full([ROWS, 1], float("inf"), tl.float32)
+    lowest = tl.zeros([ROWS, 1], tl.float32)
+    highest = best
+    # The best scale is seldom above the absmax one, and seldom below half of it.
+    begin = absmax_code(amax) - CANDIDATES * 5 // 8 * STRIDE
+    best_code = tl.full([ROWS, 1], LAST, tl.int32)
+    lane = tl.arange(0, CANDIDATES)[None, :] * STRIDE
+    code = begin + lane
+    step = CANDIDATES * STRIDE
+    while step != 0:
+        s = decode(code)
+        possible = (code >= FIRST) & (code <= LAST) & (s >= lowest) & (s < highest)
+        if RULE == "mse":
+            possible = possible & ((3.5 * s < amax) | (code < FIRST + 128))
+        if any(possible):
+            loss, largest = candidate_loss(x_ptr, s, possible, best, e_ptr, f_ptr, d_ptr, K, COLUMNS, LINES, RULE)
+            smallest = tl.min(loss, axis=1)[:, None]
+            found = tl.min(tl.where(loss == smallest, code, LAST), axis=1)[:, None]
+            better = (smallest < best) | ((smallest == best) & (found < best_code))
+            best = tl.where(better, smallest, best)
+            best_code = tl.where(better, found, best_code)
+            zero = tl.min(tl.where(possible & (largest == 0), s, float("inf")), axis=1)[:, None]
+            lowest, above = bounds(magnitudes, best, c, RULE)
+            highest = tl.minimum(highest, tl.minimum(above, zero))
+            code += step
+        elif step > 0:
+            step = -step
+            code = begin + step + lane
+        else:
+            step = 0
+    return best_code
+
+
+@triton.jit
+def choose_kernel(
+    x_ptr, f_ptr, d_ptr, c_ptr, e_ptr, scales_ptr, rows, groups, x_stride, scales_stride, f_matrix, d_matrix, c_matrix,
+    K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr, STRIDE: tl.constexpr,
+    RULE: tl.constexpr,
+):  # fmt: skip
+    """The scales of a block, ROWS rows of a matrix at a time.
+
+    Of a batch of matrices, one below the other; …_matrix is how far what belongs to one is from that of the next.  e_ptr: room
+    for the errors of each program, K × ROWS × CANDIDATES.
     """
-    matrix = tl.program_id(1).to(tl.int64)
-    v_ptr += matrix * v_matrix
-    d_ptr += matrix * d_matrix
-    m_ptr += matrix * m_matrix
-    c_ptr += matrix * c_matrix
-    row = matrix * tl.num_programs(0) + tl.program_id(0)
     k = tl.arange(0, K)[None, :]
-    x = tl.load(x_ptr + row * x_stride + k)
-    if RULE == "absmax":
-        code = absmax_code(tl.max(tl.max(tl.abs(x), axis=1), axis=0))
-    else:
-        code = choose_code(x, k, v_ptr, d_ptr, m_ptr, c_ptr, K, LINES, STRIDE, RULE)
-    s = decode(code + tl.zeros([LINES, 1], tl.int32))
-    inverse = tl.div_rn(tl.full([LINES, 1], 1.0, tl.float32), s)
-    loss, _, q, E = round_with_feedback(x, s, inverse, k, v_ptr, d_ptr, K, RECORD=True)
-    first = (tl.arange(0, LINES)[:, None] == 0) & (k >= 0)
-    tl.store(q_ptr + row * q_stride + k + tl.zeros([LINES, K], tl.int32), q, mask=first)
-    tl.store(e_ptr + row * e_stride + k + tl.zeros([LINES, K], tl.int32), E, mask=first)
-    tl.store(scales_ptr + row * scales_stride, tl.max(tl.max(s, axis=1), axis=0))
-    total = tl.load(loss_ptr + row) + tl.max(tl.max(loss, axis=1), axis=0).to(tl.float64)
-    tl.store(loss_ptr + row, total)
+    line = tl.arange(0, ROWS)[:, None] * CANDIDATES + tl.arange(0, CANDIDATES)[None, :]
+    e_ptr += tl.program_id(0).to(tl.int64) * (K * ROWS * CANDIDATES) + line
+    in_matrix = tl.cdiv(rows, ROWS)
+    for group in range(tl.program_id(0), groups, tl.num_programs(0)):
+        matrix = (group // in_matrix).to(tl.int64)
+        # The last row again where there are no more.
+        row = matrix * rows + tl.minimum((group % in_matrix) * ROWS + tl.arange(0, ROWS)[:, None], rows - 1)
+        magnitudes = tl.abs(tl.load(x_ptr + row * x_stride + k))
+        if RULE == "absmax":
+            code = absmax_code(tl.max(magnitudes, axis=1)[:, None])
+        else:
+            c = tl.load(c_ptr + matrix * c_matrix + k)
+            code = choose_code(
+                x_ptr + row * x_stride, magnitudes, e_ptr, f_ptr + matrix * f_matrix, d_ptr + matrix * d_matrix, c,
+                K, COLUMNS, ROWS, CANDIDATES, STRIDE, RULE,
+            )  # fmt: skip
+        tl.store(scales_ptr + row * scales_stride, decode(code))
+
+
+@triton.jit
+def round_kernel(
+    x_ptr, u_ptr, d_ptr, scales_ptr, room_ptr, q_ptr, e_ptr, loss_ptr, rows, x_stride, scales_stride, q_stride, e_stride,
+    u_matrix, d_matrix, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of a block under their scales: q and E are written, loss is added to.  room_ptr: E once more, by columns."""
+    matrix = tl.program_id(1).to(tl.int64)
+    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = own < rows
+    row = matrix * rows + tl.minimum(own, rows - 1)
+    room_ptr += (matrix * tl.num_programs(0) + tl.program_id(0)) * (K * ROWS) + tl.arange(0, ROWS)
+    s = tl.load(scales_ptr + row * scales_stride)
+    inverse = tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
+    loss = tl.zeros(s.shape, tl.float32)
+    for first in range(0, K, COLUMNS):
+        q, E, _ = round_columns(
+            x_ptr + row * x_stride, s, inverse, room_ptr, u_ptr + matrix * u_matrix, d_ptr + matrix * d_matrix, first,
+            K, COLUMNS, ROWS, "joint",
+        )  # fmt: skip
+        for c in tl.static_range(COLUMNS):
+            loss += E[c] * E[c]
+            tl.store(room_ptr + (first + c) * ROWS, E[c])
+            tl.store(q_ptr + row * q_stride + first + c, q[c], mask=inside)
+            tl.store(e_ptr + row * e_stride + first + c, E[c], mask=inside)
+        tl.debug_barrier()
+    tl.store(loss_ptr + row, tl.load(loss_ptr + row) + loss.to(tl.float64), mask=inside)
 
 
 def block_factors(H_blocks: Tensor, U_blocks: Tensor, rule: str) -> tuple[Tensor, ...]:
-    """(V, d, M, c) of each block for the kernel, all float32: V (b, k, k) = U with the rows divided by their diagonal elements,
-    d (b, k) = 1 / U_ii, M (b, k, k) of the rule's rᵀ M r (`local`, `schur`), c (b, k) = √(M⁻¹)_ii."""
-    diagonal = U_blocks.diagonal(dim1=-2, dim2=-1)
-    M = U_blocks
-    if rule == "local":
-        M = or_identity(H_blocks)
-    if rule == "schur":
-        M = schur_complements(U_blocks)
-    c = torch.ones_like(diagonal)
-    if rule in ("schur", "joint"):
-        c = U_blocks.square().sum(-2).sqrt()
-    if rule == "local":
-        c = inverse_diagonal(M)[:, 0].sqrt().clamp(max=1e18)
-    return tuple(t.contiguous() for t in (U_blocks / diagonal[..., None], 1 / diagonal, M, c))
+    """(U, 1 / U_ii, F, d, c) of each block for the kernels, all float32.
+
+    F (b, k, k) upper: what the errors of a candidate are pushed on with, U (`joint`), or the factor G of M = G Gᵀ, rounded from
+    float64 (`local`, `schur`).  d (b, k): what its diagonal does, 1 / U_ii or G_ii.  c (b, k) = √(M⁻¹)_ii.  A block whose M has no
+    Cholesky factor is judged by r · r, without bounds.
+    """
+    inverses = 1 / U_blocks.diagonal(dim1=-2, dim2=-1)
+    F, d, c = U_blocks, inverses, U_blocks.square().sum(-2).sqrt()
+    if rule in ("local", "schur"):
+        M = or_identity(H_blocks) if rule == "local" else schur_complements(U_blocks.double())
+        L, info = torch.linalg.cholesky_ex(M.double().flip(-2, -1))
+        one = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+        G = torch.where((info > 0)[:, None, None], one, L.flip(-2, -1))
+        inverse = torch.linalg.solve_triangular(G, one, upper=True)
+        F, d = G.float(), G.diagonal(dim1=-2, dim2=-1).float()
+        c = torch.where((info > 0)[:, None], 1e18, inverse.square().sum(-2).sqrt()).float()
+    if rule == "mse":
+        c = torch.ones_like(c)
+    return tuple(t.contiguous() for t in (U_blocks, inverses, F, d, c))
 
 
 def launch_block(
@@ -205,8 +282,19 @@ def launch_block(
     """
     assert format.elements is INT4 and format.grid is BF16 and all(t.stride(-1) == 1 for t in (x, q, E))
     assert all(t.stride(0) == t.shape[1] * t.stride(1) for t in (x, q, scales, E))
+    U, inverses, F, d, c = factors
+    matrices, rows, k = x.shape
+    groups = triton.cdiv(rows, ROWS) * matrices
+    programs = min(groups, PROGRAMS)
+    room = x.new_empty(programs * k * ROWS * CANDIDATES)
     kernel_rule = "quadratic" if rule in ("local", "schur") else rule
-    block_kernel[(x.shape[1], x.shape[0])](
-        x, *factors, q, scales, E, loss, *(t.stride(1) for t in (x, q, scales, E)), *(t.stride(0) for t in factors),
-        K=format.block, LINES=TILE // format.block, STRIDE=format.grid.stride, RULE=kernel_rule, num_warps=1,
+    choose_kernel[(programs,)](
+        x, F, d, c, room, scales, rows, groups, x.stride(1), scales.stride(1), *(t.stride(0) for t in (F, d, c)),
+        K=k, COLUMNS=COLUMNS, ROWS=ROWS, CANDIDATES=CANDIDATES, STRIDE=format.grid.stride, RULE=kernel_rule, num_warps=1,
+    )  # fmt: skip
+    programs = triton.cdiv(rows, ROWS_TO_ROUND)
+    room = x.new_empty(matrices * programs * k * ROWS_TO_ROUND)
+    round_kernel[(programs, matrices)](
+        x, U, inverses, scales, room, q, E, loss, rows, *(t.stride(1) for t in (x, scales, q, E)), U.stride(0),
+        inverses.stride(0), K=k, COLUMNS=COLUMNS, ROWS=ROWS_TO_ROUND, num_warps=1,
     )  # fmt: skip
