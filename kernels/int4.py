@@ -19,65 +19,54 @@ from torch import Tensor
 
 from ptq.core.formats import BF16, INT4, Format
 from ptq.core.scales import or_identity, schur_complements
-from ptq.kernels.rounding import quotient
+from ptq.kernels.rounding import FIRST_BF16, LAST_BF16, absmax_bf16, decode_bf16, round_int4
 from ptq.kernels.search import MARGIN
 
 # Columns of a sub-block.
 COLUMNS = 16
 # Rows × candidates of a program, one warp.
 ROWS, CANDIDATES = 4, 32
+# Columns whose errors are loaded at once.
+ERRORS_AHEAD = 4
 # Programs that have room for their errors at a time.
 PROGRAMS = 2048
 # Rows of a program that rounds.
 ROWS_TO_ROUND = 32
-# 1.5 · 2²³: adding and taking it away rounds to an integer, ties to even.
-SHIFT = tl.constexpr(1.5 * 2.0**23)
-# Codes of the smallest and the largest normal bfloat16.
-FIRST, LAST = tl.constexpr(0x80), tl.constexpr(0x7F7F)
 
 
 @triton.jit
-def round_int4(x, s, inverse):
-    """round(x / s) as a float32 integer, saturating at -8 and 7.  inverse = 1 / s."""
-    q = quotient(tl.minimum(tl.maximum(x, -8.0 * s), 7.0 * s), s, inverse)
-    return (q + SHIFT) - SHIFT
+def load_errors(e_ptr, LINES: tl.constexpr, AHEAD: tl.constexpr):
+    """The errors of the next AHEAD columns, a tuple."""
+    e = ()
+    for m in tl.static_range(AHEAD):
+        e = e + (tl.load(e_ptr + m * LINES),)
+    return e
 
 
 @triton.jit
-def nearest_code(x):
-    """The bits (int32) of positive x rounded to bfloat16, ties to even."""
-    bits = x.to(tl.int32, bitcast=True)
-    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+def subtract_errors(left, e_ptr, f_ptr, columns, K: tl.constexpr, LINES: tl.constexpr, AHEAD: tl.constexpr):
+    """left_c - Σ_m e_m F_mc of the first `columns` columns m, in their order, for the tuple `left` of adjacent columns.
 
-
-@triton.jit
-def absmax_code(amax):
-    """The code of the absmax scale, as ptq.core.formats.nearest_bf16."""
-    return tl.maximum(nearest_code(tl.div_rn(amax, tl.full(amax.shape, 7.5, tl.float32))), FIRST)
-
-
-@triton.jit
-def decode(code):
-    """The bfloat16 number of bits `code` (int32), as float32; the nearest one where there is none."""
-    return (tl.minimum(tl.maximum(code, FIRST), LAST) << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def subtract_errors(left, e_ptr, f_ptr, columns, K: tl.constexpr, LINES: tl.constexpr):
-    """left_c - Σ_m e_m F_mc of the first `columns` columns m, in their order, for the tuple `left` of adjacent columns."""
-    for m in range(columns):
-        e = tl.load(e_ptr + m * LINES)
-        less = ()
-        for c in tl.static_range(len(left)):
-            less = less + (left[c] - e * tl.load(f_ptr + m * K + c),)
-        left = less
+    Errors come from far: they are loaded while the ones before are at work, at last AHEAD columns that are not used.
+    """
+    following = load_errors(e_ptr, LINES, AHEAD)
+    for _ in range(0, columns, AHEAD):
+        e = following
+        e_ptr += AHEAD * LINES
+        following = load_errors(e_ptr, LINES, AHEAD)
+        for i in tl.static_range(AHEAD):
+            less = ()
+            for c in tl.static_range(len(left)):
+                less = less + (tl.fma(-e[i], tl.load(f_ptr + i * K + c), left[c]),)
+            left = less
+        f_ptr += AHEAD * K
     return left
 
 
 @triton.jit
 def round_columns(
     x_ptr, s, inverse, e_ptr, f_ptr, d_ptr, first, K: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
-    RULE: tl.constexpr,
+    AHEAD: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """(q, e, z) of the COLUMNS columns from `first` on, tuples: values in units of s, errors, and what squared is the loss.
 
@@ -90,7 +79,7 @@ def round_columns(
         x = x + (tl.load(x_ptr + first + c),)
         left = left + ((x[c] if RULE == "joint" else 0.0) + tl.zeros(s.shape, tl.float32),)
     if RULE != "mse":
-        left = subtract_errors(left, e_ptr, f_ptr + first, first, K, LINES)
+        left = subtract_errors(left, e_ptr, f_ptr + first, first, K, LINES, AHEAD)
     q = ()
     e = ()
     z = ()
@@ -98,7 +87,7 @@ def round_columns(
         value = left[c]
         if RULE != "mse":
             for m in tl.static_range(c):
-                value -= e[m] * tl.load(f_ptr + (first + m) * K + first + c)
+                value = tl.fma(-e[m], tl.load(f_ptr + (first + m) * K + first + c), value)
         rounding = value if RULE == "joint" else x[c] + tl.zeros(s.shape, tl.float32)
         q = q + (round_int4(rounding, s, inverse),)
         error = tl.fma(-q[c], s, rounding)
@@ -112,7 +101,7 @@ def round_columns(
 @triton.jit
 def candidate_loss(
     x_ptr, s, possible, best, e_ptr, f_ptr, d_ptr, K: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
-    RULE: tl.constexpr,
+    AHEAD: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """(loss, largest |code value|) of scales s; where all are above `best`, over the columns up to there."""
     inverse = tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
@@ -120,7 +109,7 @@ def candidate_loss(
     largest = tl.zeros(s.shape, tl.float32)
     first = 0
     while first < K:
-        q, e, z = round_columns(x_ptr, s, inverse, e_ptr, f_ptr, d_ptr, first, K, COLUMNS, LINES, RULE)
+        q, e, z = round_columns(x_ptr, s, inverse, e_ptr, f_ptr, d_ptr, first, K, COLUMNS, LINES, AHEAD, RULE)
         for c in tl.static_range(COLUMNS):
             loss += z[c] * z[c]
             largest = tl.maximum(largest, tl.abs(q[c]))
@@ -153,7 +142,7 @@ def bounds(magnitudes, best, c, RULE: tl.constexpr):
 @triton.jit
 def choose_code(
     x_ptr, magnitudes, e_ptr, f_ptr, d_ptr, c, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    CANDIDATES: tl.constexpr, STRIDE: tl.constexpr, RULE: tl.constexpr,
+    CANDIDATES: tl.constexpr, STRIDE: tl.constexpr, AHEAD: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """The code (ROWS, 1) of smallest loss."""
     LINES: tl.constexpr = ROWS * CANDIDATES
@@ -162,20 +151,20 @@ def choose_code(
     lowest = tl.zeros([ROWS, 1], tl.float32)
     highest = best
     # The best scale is seldom above the absmax one, and seldom below half of it.
-    begin = absmax_code(amax) - CANDIDATES * 5 // 8 * STRIDE
-    best_code = tl.full([ROWS, 1], LAST, tl.int32)
+    begin = absmax_bf16(amax) - CANDIDATES * 5 // 8 * STRIDE
+    best_code = tl.full([ROWS, 1], LAST_BF16, tl.int32)
     lane = tl.arange(0, CANDIDATES)[None, :] * STRIDE
     code = begin + lane
     step = CANDIDATES * STRIDE
     while step != 0:
-        s = decode(code)
-        possible = (code >= FIRST) & (code <= LAST) & (s >= lowest) & (s < highest)
+        s = decode_bf16(code)
+        possible = (code >= FIRST_BF16) & (code <= LAST_BF16) & (s >= lowest) & (s < highest)
         if RULE == "mse":
-            possible = possible & ((3.5 * s < amax) | (code < FIRST + 128))
+            possible = possible & ((3.5 * s < amax) | (code < FIRST_BF16 + 128))
         if any(possible):
-            loss, largest = candidate_loss(x_ptr, s, possible, best, e_ptr, f_ptr, d_ptr, K, COLUMNS, LINES, RULE)
+            loss, largest = candidate_loss(x_ptr, s, possible, best, e_ptr, f_ptr, d_ptr, K, COLUMNS, LINES, AHEAD, RULE)
             smallest = tl.min(loss, axis=1)[:, None]
-            found = tl.min(tl.where(loss == smallest, code, LAST), axis=1)[:, None]
+            found = tl.min(tl.where(loss == smallest, code, LAST_BF16), axis=1)[:, None]
             better = (smallest < best) | ((smallest == best) & (found < best_code))
             best = tl.where(better, smallest, best)
             best_code = tl.where(better, found, best_code)
@@ -191,11 +180,12 @@ def choose_code(
     return best_code
 
 
-@triton.jit
+# Scales of a block lie anywhere in their row.
+@triton.jit(do_not_specialize_on_alignment=["scales_ptr"])
 def choose_kernel(
     x_ptr, f_ptr, d_ptr, c_ptr, e_ptr, scales_ptr, rows, groups, x_stride, scales_stride, f_matrix, d_matrix, c_matrix,
     K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr, STRIDE: tl.constexpr,
-    RULE: tl.constexpr,
+    AHEAD: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """The scales of a block, ROWS rows of a matrix at a time.
 
@@ -212,20 +202,20 @@ def choose_kernel(
         row = matrix * rows + tl.minimum((group % in_matrix) * ROWS + tl.arange(0, ROWS)[:, None], rows - 1)
         magnitudes = tl.abs(tl.load(x_ptr + row * x_stride + k))
         if RULE == "absmax":
-            code = absmax_code(tl.max(magnitudes, axis=1)[:, None])
+            code = absmax_bf16(tl.max(magnitudes, axis=1)[:, None])
         else:
             c = tl.load(c_ptr + matrix * c_matrix + k)
             code = choose_code(
                 x_ptr + row * x_stride, magnitudes, e_ptr, f_ptr + matrix * f_matrix, d_ptr + matrix * d_matrix, c,
-                K, COLUMNS, ROWS, CANDIDATES, STRIDE, RULE,
+                K, COLUMNS, ROWS, CANDIDATES, STRIDE, AHEAD, RULE,
             )  # fmt: skip
-        tl.store(scales_ptr + row * scales_stride, decode(code))
+        tl.store(scales_ptr + row * scales_stride, decode_bf16(code))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scales_ptr"])
 def round_kernel(
     x_ptr, u_ptr, d_ptr, scales_ptr, room_ptr, q_ptr, e_ptr, loss_ptr, rows, x_stride, scales_stride, q_stride, e_stride,
-    u_matrix, d_matrix, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    u_matrix, d_matrix, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a block under their scales: q and E are written, loss is added to.  room_ptr: E once more, by columns."""
     matrix = tl.program_id(1).to(tl.int64)
@@ -239,7 +229,7 @@ def round_kernel(
     for first in range(0, K, COLUMNS):
         q, E, _ = round_columns(
             x_ptr + row * x_stride, s, inverse, room_ptr, u_ptr + matrix * u_matrix, d_ptr + matrix * d_matrix, first,
-            K, COLUMNS, ROWS, "joint",
+            K, COLUMNS, ROWS, AHEAD, "joint",
         )  # fmt: skip
         for c in tl.static_range(COLUMNS):
             loss += E[c] * E[c]
@@ -290,11 +280,12 @@ def launch_block(
     kernel_rule = "quadratic" if rule in ("local", "schur") else rule
     choose_kernel[(programs,)](
         x, F, d, c, room, scales, rows, groups, x.stride(1), scales.stride(1), *(t.stride(0) for t in (F, d, c)),
-        K=k, COLUMNS=COLUMNS, ROWS=ROWS, CANDIDATES=CANDIDATES, STRIDE=format.grid.stride, RULE=kernel_rule, num_warps=1,
+        K=k, COLUMNS=COLUMNS, ROWS=ROWS, CANDIDATES=CANDIDATES, STRIDE=format.grid.stride, AHEAD=ERRORS_AHEAD,
+        RULE=kernel_rule, num_warps=1,
     )  # fmt: skip
     programs = triton.cdiv(rows, ROWS_TO_ROUND)
     room = x.new_empty(matrices * programs * k * ROWS_TO_ROUND)
     round_kernel[(programs, matrices)](
         x, U, inverses, scales, room, q, E, loss, rows, *(t.stride(1) for t in (x, scales, q, E)), U.stride(0),
-        inverses.stride(0), K=k, COLUMNS=COLUMNS, ROWS=ROWS_TO_ROUND, num_warps=1,
+        inverses.stride(0), K=k, COLUMNS=COLUMNS, ROWS=ROWS_TO_ROUND, AHEAD=ERRORS_AHEAD, num_warps=1,
     )  # fmt: skip

@@ -18,6 +18,10 @@ E2M1_BIAS = tl.constexpr(2.0**-126)
 E4M3_BIAS = tl.constexpr(2.0**-120)
 E4M3_UNBIAS = tl.constexpr(2.0**120)
 LARGEST = tl.constexpr(3.4028234663852886e38)
+# 1.5 · 2²³: integers.
+INT4_SHIFT = tl.constexpr(1.5 * 2.0**23)
+# Codes of the smallest and the largest normal bfloat16.
+FIRST_BF16, LAST_BF16 = tl.constexpr(0x80), tl.constexpr(0x7F7F)
 
 
 @triton.jit
@@ -45,6 +49,13 @@ def quotient(x, s, inverse):
 def quantize_e2m1(x, s, inverse):
     """round(x / s) as a float32 E2M1 value, saturating at 6."""
     return round_e2m1(quotient(tl.clamp(x, -6.0 * s, 6.0 * s), s, inverse))
+
+
+@triton.jit
+def round_int4(x, s, inverse):
+    """round(x / s) as a float32 integer, saturating at -8 and 7.  inverse = 1 / s."""
+    q = quotient(tl.minimum(tl.maximum(x, -8.0 * s), 7.0 * s), s, inverse)
+    return (q + INT4_SHIFT) - INT4_SHIFT
 
 
 @triton.jit
@@ -102,3 +113,16 @@ def in_units(w, tensor_scale, inverse, E4M3: tl.constexpr):
     """
     limit = 4194304.0 * tensor_scale if E4M3 else LARGEST * tl.minimum(tensor_scale, 1.0)
     return quotient(tl.where(w == w, tl.clamp(w, -limit, limit), 0.0), tensor_scale, inverse)
+
+
+@triton.jit
+def absmax_bf16(amax):
+    """The bits (int32) of the absmax scale of INT4, amax / 7.5 to the nearest bfloat16, as ptq.core.formats.nearest_bf16."""
+    bits = tl.div_rn(amax, tl.full(amax.shape, 7.5, tl.float32)).to(tl.int32, bitcast=True)
+    return tl.maximum((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, FIRST_BF16)
+
+
+@triton.jit
+def decode_bf16(code):
+    """The positive normal bfloat16 of bits `code` (int32) as float32, the nearest one where there is none."""
+    return (tl.minimum(tl.maximum(code, FIRST_BF16), LAST_BF16) << 16).to(tl.float32, bitcast=True)
