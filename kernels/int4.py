@@ -90,7 +90,7 @@ def round_columns(
                 value = tl.fma(-e[m], tl.load(f_ptr + (first + m) * K + first + c), value)
         rounding = value if RULE == "joint" else x[c] + tl.zeros(s.shape, tl.float32)
         q = q + (round_int4(rounding, s, inverse),)
-        error = tl.fma(-q[c], s, rounding)
+        error = tl.fma(q[c], -s, rounding)
         if RULE == "joint":
             error *= tl.load(d_ptr + first + c)
         e = e + (error,)
@@ -103,7 +103,7 @@ def candidate_loss(
     x_ptr, s, possible, best, e_ptr, f_ptr, d_ptr, K: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr,
     AHEAD: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """(loss, largest |code value|) of scales s; where all are above `best`, over the columns up to there."""
+    """(loss, largest |code value|, of `joint` alone) of scales s; where all are above `best`, over the columns up to there."""
     inverse = tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
     loss = tl.where(possible, 0.0, float("inf"))
     largest = tl.zeros(s.shape, tl.float32)
@@ -112,7 +112,8 @@ def candidate_loss(
         q, e, z = round_columns(x_ptr, s, inverse, e_ptr, f_ptr, d_ptr, first, K, COLUMNS, LINES, AHEAD, RULE)
         for c in tl.static_range(COLUMNS):
             loss += z[c] * z[c]
-            largest = tl.maximum(largest, tl.abs(q[c]))
+            if RULE == "joint":
+                largest = tl.maximum(largest, tl.abs(q[c]))
         first += COLUMNS
         if RULE != "mse":
             if first < K:
@@ -130,7 +131,7 @@ def any(x):
 
 
 @triton.jit
-def bounds(magnitudes, best, c, RULE: tl.constexpr):
+def bounds(magnitudes, best, c):
     """Scales below the first and from the second on (ROWS, 1) lose to the loss `best` (ROWS, 1): the one clips, the other leaves
     too little.  magnitudes (ROWS, K), c (1, K)."""
     room = tl.sqrt(best) * c
@@ -153,14 +154,16 @@ def choose_code(
     # The best scale is seldom above the absmax one, and seldom below half of it.
     begin = absmax_bf16(amax) - CANDIDATES * 5 // 8 * STRIDE
     best_code = tl.full([ROWS, 1], LAST_BF16, tl.int32)
-    lane = tl.arange(0, CANDIDATES)[None, :] * STRIDE
-    code = begin + lane
+    offset = 0
     step = CANDIDATES * STRIDE
     while step != 0:
+        code = begin + (offset + tl.arange(0, CANDIDATES)[None, :] * STRIDE)
         s = decode_bf16(code)
         possible = (code >= FIRST_BF16) & (code <= LAST_BF16) & (s >= lowest) & (s < highest)
         if RULE == "mse":
             possible = possible & ((3.5 * s < amax) | (code < FIRST_BF16 + 128))
+        if RULE == "quadratic":
+            possible = possible & ((decode_bf16(code - STRIDE) < 2.0 * amax) | (code < FIRST_BF16 + STRIDE))
         if any(possible):
             loss, largest = candidate_loss(x_ptr, s, possible, best, e_ptr, f_ptr, d_ptr, K, COLUMNS, LINES, AHEAD, RULE)
             smallest = tl.min(loss, axis=1)[:, None]
@@ -168,13 +171,15 @@ def choose_code(
             better = (smallest < best) | ((smallest == best) & (found < best_code))
             best = tl.where(better, smallest, best)
             best_code = tl.where(better, found, best_code)
-            zero = tl.min(tl.where(possible & (largest == 0), s, float("inf")), axis=1)[:, None]
-            lowest, above = bounds(magnitudes, best, c, RULE)
-            highest = tl.minimum(highest, tl.minimum(above, zero))
-            code += step
+            lowest, above = bounds(magnitudes, best, c)
+            highest = tl.minimum(highest, above)
+            if RULE == "joint":
+                zero = tl.min(tl.where(possible & (largest == 0), s, float("inf")), axis=1)[:, None]
+                highest = tl.minimum(highest, zero)
+            offset += step
         elif step > 0:
             step = -step
-            code = begin + step + lane
+            offset = step
         else:
             step = 0
     return best_code

@@ -42,7 +42,7 @@ def round_e2m1(x):
 def quotient(x, s, inverse):
     """x / s correctly rounded (Markstein), given inverse = 1 / s correctly rounded.  Finite, no underflow."""
     q = x * inverse
-    return tl.fma(tl.fma(-q, s, x), inverse, q)
+    return tl.fma(tl.fma(q, -s, x), inverse, q)
 
 
 @triton.jit
