@@ -30,8 +30,8 @@ ROWS, CANDIDATES = 4, 32
 ERRORS_AHEAD = 4
 # Programs that have room for their errors at a time.
 PROGRAMS = 2048
-# Rows of a program that rounds.
-ROWS_TO_ROUND = 32
+# Of a program that rounds rows under their scales.
+ROWS_TO_ROUND, COLUMNS_TO_ROUND = 32, 8
 
 
 @triton.jit
@@ -292,5 +292,5 @@ def launch_block(
     room = x.new_empty(matrices * programs * k * ROWS_TO_ROUND)
     round_kernel[(programs, matrices)](
         x, U, inverses, scales, room, q, E, loss, rows, *(t.stride(1) for t in (x, scales, q, E)), U.stride(0),
-        inverses.stride(0), K=k, COLUMNS=COLUMNS, ROWS=ROWS_TO_ROUND, AHEAD=ERRORS_AHEAD, num_warps=1,
+        inverses.stride(0), K=k, COLUMNS=COLUMNS_TO_ROUND, ROWS=ROWS_TO_ROUND, AHEAD=ERRORS_AHEAD, num_warps=1,
     )  # fmt: skip
