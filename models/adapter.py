@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ptq.models.experts import LinearExperts, experts_of, fused_experts, linearize
 from ptq.models.families import family_of
-from ptq.runtime.adapter import Group, Layer, LayerPlan
+from ptq.runtime.adapter import Group, Layer, LayerPlan, Scaling
 from ptq.runtime.hooks import StopForward, observe_inputs
 
 Call = tuple[tuple, dict[str, Any]]
@@ -98,16 +98,30 @@ class ModelAdapter:
             last = next(reversed(self.family.residual_of(self.config)), None)
             mixture = [name for name, part in modules.items() if isinstance(part, LinearExperts)]
             experts = frozenset(name for name in linears if name.startswith(tuple(f"{part}." for part in mixture)))
+            groups = self._trace(layer, linears)
             self._plans[structure] = LayerPlan(
-                waves=waves_of(self._trace(layer, linears)),
+                waves=waves_of(groups),
                 fused=expand(self.family.fused, linears),
                 residual=residual,
                 output=last if last in residual else None,
                 keep=keep,
                 experts=experts,
                 share=self.config.num_experts_per_tok / len(modules[mixture[0]]) if mixture else 1.0,  # type: ignore[arg-type]
+                scalings=self._scalings(layer, groups),
             )
         return self._plans[structure]
+
+    def _scalings(self, layer: Layer, groups: Sequence[Group]) -> tuple[Scaling, ...]:
+        """Those of the family whose readers are all that read that input."""
+        read = {frozenset(group) for group in groups}
+        head = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        found = []
+        for maker, readers in self.family.scaled:
+            if frozenset(readers) in read:
+                module = layer.module.get_submodule(maker)
+                width = head if maker.endswith("v_proj") else len(next(module.parameters()))
+                found.append(Scaling(maker, readers, width))
+        return tuple(found)
 
     def ends(self) -> dict[str, Tensor]:
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()

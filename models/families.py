@@ -21,6 +21,12 @@ W132 = ("w1", "w3", "w2")
 GRANITE_EXPERTS = ("block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3")
 
 Residual = Mapping[str, float]
+SCALED = (
+    ("input_layernorm", ATTENTION),
+    ("self_attn.v_proj", ("self_attn.o_proj",)),
+    ("post_attention_layernorm", MLP),
+    ("mlp.up_proj", ("mlp.down_proj",)),
+)
 BOTH: Residual = {"self_attn.o_proj": 1.0, "mlp.down_proj": 1.0}
 NONE: Residual = {}
 
@@ -64,6 +70,7 @@ class Family:
     `keep`: modules that stay in high precision, a mixture's routers.  `experts`: how those of a layer are stacked.
     `renamed`: (in the model, in checkpoints) parts of names that differ.  `attention`: the
     implementation, where SDPA has what the model needs no place for (soft caps, sinks).
+    `scaled`: (a norm or linear, the linears that read its output channel by channel), where all that they read may be scaled.
     """
 
     fused: tuple[tuple[str, ...], ...] = (ATTENTION, MLP)
@@ -72,12 +79,13 @@ class Family:
     experts: Stacking | None = None
     renamed: tuple[tuple[str, str], ...] = ()
     attention: str = "sdpa"
+    scaled: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def residual_of(self, config: Any) -> Residual:
         return self.residual(config) if callable(self.residual) else self.residual
 
 
-LLAMA = Family()
+LLAMA = Family(scaled=SCALED)
 AFTER_NORM = Family(residual=NONE)
 QWEN_MOE = Family((ATTENTION, MLP, EXPERTS), keep=("mlp.gate",), experts=Stacking(GATE_UP_DOWN))
 

@@ -20,9 +20,9 @@ EFFORTS: dict[str, dict] = {
     "best": {"rule": "joint", "token_importance": "sampled", "drift": "full", "row_feedback": True},
 }
 # Rounded to so few bits, inputs are noisy, and drift at full strength does harm on text unlike the calibration's
-# (docs/activations.md has the numbers): the default effort makes half of it good.
+# (docs/activations.md has the numbers): the default effort makes half of it good.  Every effort scales channels for them.
 NOISY = ("nvfp4", "mxfp4")
-RTN = {"rule": "local", "token_importance": "none", "drift": "none", "row_feedback": False}
+RTN = {"rule": "local", "token_importance": "none", "drift": "none", "row_feedback": False, "smooth": False}
 # How much of what earlier layers lost is made good, and from how many passes.
 DRIFTS: dict[str, dict] = {
     "none": {"drift": 0.0},
@@ -57,7 +57,8 @@ LEAST = {"sequences": 1, "windows": 1, "length": 2, "batch": 1, "validation": 0}
 
 def settings_of_effort(effort: str, activations: str = "none") -> dict[str, Any]:
     """What GPTQ does at that effort, with inputs rounded to those activations."""
-    return EFFORTS[effort] | ({"drift": "half"} if effort == "default" and activations in NOISY else {})
+    half = {"drift": "half"} if effort == "default" and activations in NOISY else {}
+    return EFFORTS[effort] | half | {"smooth": activations in NOISY}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Settings:
     token_importance: str | None = None
     drift: str | None = None
     row_feedback: bool | None = None
+    smooth: bool | None = None
     block: int | None = None
     damp: float = 0.01
     ignore: tuple[str, ...] = ()
@@ -167,8 +169,8 @@ class Comparison:
 
 def command(model: str, settings: Settings) -> str:
     """What gives a checkpoint these complete settings, with what differs from what is done unasked, and no folders."""
-    usual = Settings(method=settings.method, effort=settings.effort, calibration=settings.calibration).complete()
-    usual = replace(usual, method="gptq", effort="default", calibration="builtin")
+    alike = {name: getattr(settings, name) for name in ("method", "effort", "calibration", "activations")}
+    usual = replace(Settings(**alike).complete(), method="gptq", effort="default", calibration="builtin", activations="none")
     words = ["ptq", "quantize", short_name(model)]
     for field in fields(settings):
         name, value = field.name, getattr(settings, field.name)

@@ -37,7 +37,7 @@ from ptq.settings import VALIDATION_SEQUENCES
 
 FIELDS = (
     "model format method rule frozen token_importance drift row_feedback effort damp ridge sequences length calibration seed "
-    "test_text windows ppl kl seconds gpu commit activations"
+    "test_text windows ppl kl seconds gpu commit activations smooth"
 )
 CASES = (
     *("rtn-absmax-none", "rtn-mse-none", "rtn-local-none", "rtn-local-none-full"),
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cases",
         nargs="+",
-        metavar="EFFORT|METHOD-RULE-IMPORTANCE[-half|-full][-rows][-frozen]",
+        metavar="EFFORT|METHOD-RULE-IMPORTANCE[-half|-full][-rows][-smooth][-frozen]",
         default=CASES,
         help="(default: all)",
     )

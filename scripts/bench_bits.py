@@ -101,7 +101,7 @@ def measure_all(args: argparse.Namespace) -> Iterator[dict]:
         drawn = sample_windows(drawn_from, args.sequences, seed, args.calibration[0], validation=VALIDATION_SEQUENCES)
         tokens = drawn[: args.sequences].to(args.device)
         for name in args.activations:
-            base = make_recipe(named_format(args.format, None), settings_of(args.effort), activation=get_activation(name))
+            base = make_recipe(named_format(args.format, None), settings_of(args.effort, name), activation=get_activation(name))
             choices = [choice_of(base, target) for target in args.targets]
             begin = time.perf_counter()
             units, costs = measure(ModelAdapter(model), [("re:.*", choices[0])], tokens[:SEQUENCES], 16, seed)

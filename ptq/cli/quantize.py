@@ -69,6 +69,8 @@ def add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--drift", choices=DRIFTS, help="how much of what earlier layers lost each linear makes good")
     about = "feed rounding errors forward over rows too"
     group.add_argument("--row-feedback", action=argparse.BooleanOptionalAction, help=about)
+    about = "scale channels before inputs are rounded, exactly (default: where inputs have four bits)"
+    group.add_argument("--smooth", action=argparse.BooleanOptionalAction, help=about)
     group.add_argument("--block", type=int, help="weights per scale, for int4: 32, 64, 128 (default) or 256")
     group.add_argument("--damp", type=float, help="added to diag(H), relative to its mean (default: %(default)s)")
     group.add_argument("--ignore", nargs="+", metavar="NAME", help="linears to leave alone: a full name or re:PATTERN")

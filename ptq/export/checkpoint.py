@@ -63,13 +63,22 @@ def stored_weights(layer: Layer, tensors: Mapping[str, Tensor], formats: Formats
 
 
 def restore_layer(layer: Layer, tensors: Mapping[str, Tensor], formats: Formats, layout: Layout) -> dict[str, Input]:
-    """Puts the weights that `layer_tensors` stored as quantized back into the layer's linears; returns their quantized inputs."""
+    """Puts what `layer_tensors` stored back into the layer, where that differs: the quantized weights, and what scaled channels
+    changed (ptq.run.smoothing).  Returns the linears' quantized inputs."""
     weights = stored_weights(layer, tensors, formats, layout)
     for name, weight in weights.items():
         linear = layer.linear(name)
         linear.weight.data.copy_(weight.dequantize())
         if weight.input_scale is not None:
             weights[name] = replace(weight, input_scale=weight.input_scale.to(linear.weight.device))
+    for key, held in layer.module.state_dict().items():
+        kept = tensors.get(layer.full_name(key))
+        if (
+            kept is not None
+            and key.removesuffix(".weight") not in weights
+            and not torch.equal(stored(held), kept.to(held.device))
+        ):
+            held.copy_(kept)
     return inputs_of(weights)
 
 

@@ -113,9 +113,15 @@ def prepare(
     settings = replace(settings, device=device)
     of_file = file_rules(settings)
     recipe_rules = all_rules(settings, of_file, rules)
+    asked = settings.smooth
     settings, texts = read_calibration(calibration, settings)
     with quiet():
         source = open_source(model, tokenizer, dtype=dtype_of(settings), device=device)
+    if asked and not source.adapter.family.scaled:
+        kind = source.adapter.config.model_type
+        raise ValueError(
+            f"--smooth: models of type {kind!r} have no channels that are known to be scaled exactly; leave it out"
+        )
     plan = make_plan(source.adapter, settled(recipe_rules))
     windows = make_windows(texts, source, settings)
     job, allocation = make_job(source, settings, windows, plan, torch.device(device)), None

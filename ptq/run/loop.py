@@ -28,6 +28,7 @@ from ptq.run.batch import Batch, Shards, batches_of, owners_of
 from ptq.run.plan import Matrix, Pass, Plan, make_plan
 from ptq.run.recipe import Recipe, Rules
 from ptq.run.record import Record, make_record
+from ptq.run.smoothing import Rescaled, smooth
 from ptq.run.solve import SolvedRows, gather, solve_matrices, take_statistics
 from ptq.runtime.adapter import Adapter, Layer, LayerPlan
 from ptq.runtime.checks import check_float32
@@ -145,7 +146,7 @@ class LayerLoop:
         sums_of: SumsOf | None = None,
     ):
         self.adapter, self.plan, self.ranks = adapter, plan, ranks
-        self.curvature = calibration.curvature or {}
+        self.curvature = self.known_curvature = calibration.curvature or {}
         self.stream = open_stream(adapter, calibration, ranks, on_host) if calibration.batches else None
         self.sums_of = sums_of or self.collect
         self.validation = None
@@ -158,7 +159,11 @@ class LayerLoop:
         self.inputs: Inputs = {}
 
     def begin(self, layer: Layer) -> None:
-        """Keeps the layer as it is before it is quantized, where that is needed."""
+        """Scales its channels and keeps the layer as it is before it is quantized, where that is needed."""
+        if self.stream:
+            with phase("forward"):
+                scaled = smooth(self.adapter, layer, self.plan.layers[layer.index], self.plan.recipes, self.stream)
+            self.curvature = Rescaled(self.known_curvature, scaled) if scaled else self.known_curvature
         if self.beside or self.validation:
             self.original = replace(layer, module=copy.deepcopy(layer.module))
         if self.stream:

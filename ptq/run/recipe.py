@@ -19,7 +19,8 @@ class Recipe:
     against a ridge of `ridge` · mean(diag H); `stagewise`: each wave of linears after those before it in the layer are
     quantized, else all from one pass, which diverges beyond one half.  `row_feedback` (YAQA): errors are fed forward over
     rows too, for which gptq needs the curvature of the loss (ptq.calibrate.importance).  `frozen`: gptq's scales are
-    chosen before its loop, for comparison.  Raises ValueError for settings that do not fit.
+    chosen before its loop, for comparison.  `smooth`: channels are scaled before inputs are rounded, where the model has a
+    place for it (ptq.run.smoothing).  Raises ValueError for settings that do not fit.
     """
 
     format: Format = NVFP4
@@ -32,6 +33,7 @@ class Recipe:
     ridge: float = 0.1
     row_feedback: bool = False
     frozen: bool = False
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -49,6 +51,10 @@ class Recipe:
             raise ValueError(
                 f"scale rule {self.rule!r} is about blocks, and {self.format.name} has one scale a row; take absmax or mse"
             )
+        if self.smooth and (self.activation is None or not self.activation.block):
+            raise ValueError(
+                "smooth is for inputs that share a scale in blocks; give activations nvfp4 or mxfp4, or leave it out"
+            )
         for name in ("damp", "ridge"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
@@ -64,7 +70,7 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         scaled = self.activation is not None and self.activation.calibrated
-        return self.method == "gptq" or self.rule == "local" or self.drift > 0 or scaled
+        return self.method == "gptq" or self.rule == "local" or self.drift > 0 or scaled or self.smooth
 
     @property
     def stored(self) -> Format:

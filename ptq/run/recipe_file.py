@@ -42,6 +42,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "drift": str,
     "ridge": (int, float),
     "row_feedback": bool,
+    "smooth": bool,
     "target_bits": (int, float),
 }
 
@@ -90,6 +91,7 @@ def written(recipe: Recipe | None) -> dict[str, Any]:
         **({"activations": recipe.activation.name} if recipe.activation else {}),
         **{name: getattr(recipe, name) for name in ("method", "rule", "damp")},
         **{"drift": drift, "ridge": recipe.ridge, "row_feedback": recipe.row_feedback},
+        **({"smooth": recipe.smooth} if recipe.activation else {}),
     }
 
 
@@ -115,7 +117,9 @@ def parse_rule(rule: Any) -> tuple[str, Recipe | Choice | None]:
 def choice_of(recipe: Recipe, bits: float) -> Choice:
     """This recipe, the same in FP8, or bfloat16.  Raises ValueError as `Choice`."""
     inputs = FP8_TOKEN_INPUT if recipe.activation else None
-    return Choice((recipe, replace(recipe, format=FP8_ROWS, rule="mse", activation=inputs, frozen=False), None), bits)
+    return Choice(
+        (recipe, replace(recipe, format=FP8_ROWS, rule="mse", activation=inputs, frozen=False, smooth=False), None), bits
+    )
 
 
 def recipe_from(rule: Mapping[str, Any]) -> Recipe:
@@ -137,5 +141,6 @@ def recipe_from(rule: Mapping[str, Any]) -> Recipe:
         activation=get_activation(activations),
         ridge=rule.get("ridge", 0.1),
         row_feedback=rule.get("row_feedback", usual.get("row_feedback", False)),
+        smooth=rule.get("smooth", usual["smooth"]),
         **DRIFTS[rule.get("drift", usual["drift"])],
     )

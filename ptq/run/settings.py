@@ -14,19 +14,20 @@ from ptq.settings import DRIFTS, EFFORTS, IMPORTANCES, Settings, settings_of_eff
 
 
 def settings_of(case: str, activations: str = "none") -> dict:
-    """What an effort sets with those activations, or a case METHOD-RULE-IMPORTANCE[-half|-full][-rows][-frozen]: method, what
-    `EFFORTS` names, frozen, and `effort`, "" where the case is none.  Raises ValueError for neither."""
+    """What an effort sets with those activations, or a case METHOD-RULE-IMPORTANCE[-half|-full][-rows][-smooth][-frozen]: method,
+    what `settings_of_effort` names, frozen, and `effort`, "" where the case is none.  Raises ValueError for neither."""
     if case in EFFORTS:
         return {"method": "gptq", **settings_of_effort(case, activations), "frozen": False, "effort": case}
     method, rule, importance, *more = [*case.split("-"), "", ""]
     drift = next((word for word in more if word in DRIFTS), "none")
     fits = method in METHODS and rule in RULES and importance in IMPORTANCES
-    if not fits or set(more) - {"", "rows", "frozen", *DRIFTS}:
+    if not fits or set(more) - {"", "rows", "smooth", "frozen", *DRIFTS}:
         raise ValueError(
-            f"no such case: {case!r}; write {' | '.join(EFFORTS)}, or METHOD-RULE-IMPORTANCE[-half|-full][-rows][-frozen] with "
-            f"METHOD {' | '.join(METHODS)}, RULE {' | '.join(RULES)} and IMPORTANCE {' | '.join(IMPORTANCES)}"
+            f"no such case: {case!r}; write {' | '.join(EFFORTS)}, or METHOD-RULE-IMPORTANCE[-half|-full][-rows][-smooth][-frozen] "
+            f"with METHOD {' | '.join(METHODS)}, RULE {' | '.join(RULES)} and IMPORTANCE {' | '.join(IMPORTANCES)}"
         )
-    chosen = {"rule": rule, "token_importance": importance, "drift": drift, "row_feedback": "rows" in more}
+    chosen = {"rule": rule, "token_importance": importance, "drift": drift}
+    chosen |= {"row_feedback": "rows" in more, "smooth": "smooth" in more}
     frozen = "frozen" in more
     known = method == "gptq" and not frozen
     effort = next((name for name in EFFORTS if known and settings_of_effort(name, activations) == chosen), "")
@@ -34,13 +35,14 @@ def settings_of(case: str, activations: str = "none") -> dict:
 
 
 def make_recipe(format: Format, settings: Mapping[str, Any], damp: float = 0.01, **more: Any) -> Recipe:
-    """What `settings` say by the names of `settings_of`: method, rule, token_importance, drift, row_feedback, and frozen if there.
+    """What `settings` say by the names of `settings_of`: method, rule, token_importance, drift, row_feedback; frozen, smooth if there.
 
     `more`: other fields of Recipe.  Raises ValueError where they do not fit each other.
     """
     if settings["row_feedback"] and settings["token_importance"] == "none":
         raise ValueError("row feedback needs the backward pass of token importance text or sampled, and it is none")
-    chosen = DRIFTS[settings["drift"]] | {"row_feedback": settings["row_feedback"], "frozen": settings.get("frozen", False)}
+    chosen = DRIFTS[settings["drift"]] | {"row_feedback": settings["row_feedback"]}
+    chosen |= {name: settings.get(name, False) for name in ("frozen", "smooth")}
     return Recipe(format, settings["method"], settings["rule"], damp, **(chosen | more))
 
 

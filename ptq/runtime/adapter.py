@@ -37,6 +37,20 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """Channels that may be scaled without changing what the layer does: `maker`, a norm or a linear, makes them, and the linears
+    `readers` are all that read them.  `width`: that many outputs of the maker, one head's, are read several times in a row."""
+
+    maker: str
+    readers: Group
+    width: int
+
+    def outputs(self, layer: Layer) -> int:
+        """How many channels the maker makes."""
+        return len(next(layer.module.get_submodule(self.maker).parameters()))
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """How the linears of a layer hang together, by their names inside it.
 
@@ -44,7 +58,7 @@ class LayerPlan:
     `fused`: linears that serving engines fuse, which need one scheme and one tensor_scale; all of a set are in one group.
     `residual`: linears whose output is added to the residual stream, and the factor it is multiplied by first.
     `output`: the one of them whose sum is the layer's output, if any.  `keep`: modules that stay in high precision.
-    `experts`: linears that see only the tokens routed to them, about `share` of all.
+    `experts`: linears that see only the tokens routed to them, about `share` of all.  `scalings`: where channels may be scaled.
     """
 
     waves: tuple[tuple[Group, ...], ...]
@@ -54,6 +68,7 @@ class LayerPlan:
     keep: tuple[str, ...] = ()
     experts: frozenset[str] = frozenset()
     share: float = 1.0
+    scalings: tuple[Scaling, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
