@@ -33,7 +33,7 @@ def read(tmp_path, text):
 def test_rules_come_in_order_and_the_last_one_holds(tmp_path):
     rules = read(tmp_path, MIXED)
     assert recipe_of("model.layers.0.mlp.up_proj", rules) == Recipe(
-        NVFP4, rule="joint", **DRIFTS["half"], activation=NVFP4_INPUT
+        NVFP4, rule="joint", **DRIFTS["half"], activation=NVFP4_INPUT, smooth=True
     )
     assert recipe_of("model.layers.1.self_attn.q_proj", rules) == Recipe(FP8_ROWS, rule="mse", activation=FP8_TOKEN_INPUT)
     assert recipe_of("model.layers.1.mlp.down_proj", rules) is None

@@ -34,7 +34,7 @@ def tokens(sequences: int, seed: int = 2) -> torch.Tensor:
 
 def with_outliers(kind="llama", dtype=torch.float32):
     """A tiny model some of whose channels are large in every linear's input."""
-    model = tiny_model(kind).to(dtype)
+    model = tiny_model(kind, dtype)
     for layer in model.model.layers:
         layer.input_layernorm.weight.data[::13] *= 30
         layer.post_attention_layernorm.weight.data[5::17] *= 20
@@ -60,7 +60,7 @@ def smooth_all(model, name="nvfp4"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "cohere2"])
 def test_logits_stay_equal_to_the_bit(kind, dtype):
-    model = tiny_model(kind).to(dtype)
+    model = tiny_model(kind, dtype)
     for layer in model.model.layers:
         layer.input_layernorm.weight.data[::13] *= 30
         layer.mlp.up_proj.weight.data[::11] *= 25

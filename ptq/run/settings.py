@@ -35,7 +35,7 @@ def settings_of(case: str, activations: str = "none") -> dict:
 
 
 def make_recipe(format: Format, settings: Mapping[str, Any], damp: float = 0.01, **more: Any) -> Recipe:
-    """What `settings` say by the names of `settings_of`: method, rule, token_importance, drift, row_feedback; frozen, smooth if there.
+    """What `settings` say by the names of `settings_of`: method, rule, token_importance, drift, row_feedback, frozen, smooth.
 
     `more`: other fields of Recipe.  Raises ValueError where they do not fit each other.
     """
