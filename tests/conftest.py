@@ -1,6 +1,5 @@
 """Shared fixtures.  Without a GPU, Triton's kernels run under its interpreter, which must be chosen before they are imported."""
 
-import inspect
 import os
 from functools import cache
 from pathlib import Path
@@ -56,22 +55,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def quicker_interpreter() -> None:
-    """Triton's interpreter patches triton.language anew in every call of a kernel's helper, half of all its time.
+    from .interpreter import make_quicker
 
-    The launch around it has done so already, unless the helper sees another module (those of triton.language see its core)."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    if not hasattr(interpreter, "_LangPatchScope"):  # another version of Triton
-        return
-    patch = interpreter._patch_lang
-
-    def patch_once(fn):
-        seen = [value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)]
-        patched = seen and not any(tl.core.is_builtin(module.load) for module in seen)
-        return interpreter._LangPatchScope() if patched else patch(fn)
-
-    interpreter._patch_lang = patch_once
+    make_quicker()
 
 
 @pytest.fixture(autouse=True)

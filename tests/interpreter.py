@@ -1,0 +1,94 @@
+"""Triton's interpreter with less to do for each operation: it works out the types of every result anew, most of its time.
+
+Nothing here changes what is computed; a version of Triton that lacks one of the places runs as it is.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import triton.language as tl
+from triton.language.semantic import TritonSemantic
+from triton.runtime import interpreter
+
+
+def make_quicker() -> None:
+    interpreter._patch_lang = patch_once(interpreter._patch_lang)
+    interpreter._get_np_dtype = by_name(interpreter._get_np_dtype)
+    TritonSemantic.broadcast_impl_value = unless_alike(TritonSemantic.broadcast_impl_value)
+    tl.core.block_type.to_ir = once_a_type(tl.core.block_type.to_ir)
+    tl.core.block_type.__init__ = alike_are_one(tl.core.block_type.__init__)
+    tl.core.tensor.__init__ = with_shape_of_type(tl.core.tensor.__init__)
+
+
+def patch_once(patch: Callable) -> Callable:
+    """triton.language is patched at the launch and again in every call of a helper: not where the helper sees it patched."""
+
+    @cache
+    def languages(fn: Callable) -> list[ModuleType]:
+        return [value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)]
+
+    def quicker(fn: Callable) -> Any:
+        seen = languages(fn)
+        patched = seen and not any(tl.core.is_builtin(module.load) for module in seen)
+        return interpreter._LangPatchScope() if patched else patch(fn)
+
+    return quicker
+
+
+def by_name(np_dtype: Callable) -> Callable:
+    known: dict[str, Any] = {}
+
+    def quicker(dtype: tl.dtype) -> Any:
+        if dtype.name not in known:
+            known[dtype.name] = np_dtype(dtype)
+        return known[dtype.name]
+
+    return quicker
+
+
+def unless_alike(broadcast: Callable) -> Callable:
+    def quicker(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tuple:
+        alike = lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape.values == rhs.type.shape.values
+        return (lhs, rhs) if alike else broadcast(self, lhs, rhs)
+
+    return quicker
+
+
+def once_a_type(to_ir: Callable) -> Callable:
+    def quicker(self: Any, builder: object) -> object:
+        if not hasattr(self, "known_ir"):
+            self.known_ir = to_ir(self, builder)
+        return self.known_ir
+
+    return quicker
+
+
+def alike_are_one(init: Callable) -> Callable:
+    """Of all block types alike, what is known of one is known of each."""
+    known: dict[tuple, dict] = {}
+
+    def quicker(self: Any, element_ty: tl.dtype, shape: Any) -> None:
+        sizes = tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+        key = id(element_ty) if element_ty.is_ptr() else element_ty.name, sizes
+        if key in known:
+            self.__dict__ = known[key]
+        else:
+            init(self, element_ty, shape)
+            known[key] = self.__dict__
+
+    return quicker
+
+
+def with_shape_of_type(init: Callable) -> Callable:
+    def quicker(self: Any, handle: object, type: Any) -> None:
+        if hasattr(type, "known_shape"):
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.shape, self.numel = type.known_shape
+        else:
+            init(self, handle, type)
+            type.known_shape = self.shape, self.numel
+
+    return quicker
