@@ -3,8 +3,10 @@
 import io
 import re
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,22 @@ def load_model(
     pickles (.bin) only tensors are read.
     """
     where, extra = locate(source)
-    config = load_config(source, where, extra)
-    tokenizer = load_tokenizer(source, where, extra)
+    with gguf_parsed_once():
+        config = load_config(source, where, extra)
+        tokenizer = load_tokenizer(source, where, extra)
+        return load_weights(source, where, extra, config, dtype, device), tokenizer
+
+
+def load_original(source: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
+    """The model alone, as `load_model`."""
+    where, extra = locate(source)
+    with gguf_parsed_once():
+        return load_weights(source, where, extra, load_config(source, where, extra), dtype, device)
+
+
+def load_weights(
+    source: str, where: str, extra: dict[str, str], config: PretrainedConfig, dtype: torch.dtype | None, device: str
+) -> PreTrainedModel:
     weights = weight_arguments(extra)
     if extra:
         weights["config"] = config  # a GGUF file's header takes seconds to read
@@ -61,7 +77,26 @@ def load_model(
             **weights,
         )
     check_tensors(source, info["missing_keys"], info["unexpected_keys"])
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+@contextmanager
+def gguf_parsed_once() -> Iterator[None]:
+    """Inside the block: transformers parses a GGUF file for its config, again for its tokenizer and again for its weights, and
+    makes the table of tensor names for every module, which together take most of a minute."""
+    if not find_spec("gguf"):
+        yield
+        return
+    import gguf
+
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in before.items():
+        setattr(gguf, name, cache(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(gguf, name, function)
 
 
 def open_model(

@@ -1,7 +1,6 @@
 """Shared fixtures.  Without a GPU, Triton's kernels run under its interpreter, which must be chosen before they are imported."""
 
 import os
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -75,15 +74,6 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
-
-
-@pytest.fixture
-def gguf_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers parses a GGUF file's fields three times, and makes its table of names for every module: 40 seconds."""
-    import gguf
-
-    for name in ("GGUFReader", "get_tensor_name_map"):
-        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
 
 
 @pytest.fixture(scope="session")

@@ -221,7 +221,6 @@ def test_babyllama_loses_half_as_much_as_rtn(main, shared, tmp_path):
 
 @pytest.mark.skipif(not SMOLLM2.exists(), reason=f"{SMOLLM2} is not there; `make {SMOLLM2.relative_to(ROOT)}` gets it")
 @pytest.mark.slow
-@pytest.mark.usefixtures("gguf_parsed_once")
 @torch.no_grad()
 def test_smollm2_loads_from_gguf_and_reads_back(tmp_path: Path):
     """The first two layers of a real model, real text, real checkpoint."""

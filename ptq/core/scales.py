@@ -180,14 +180,15 @@ def search(x: Tensor, objective: Objective, format: Format) -> Tensor:
     values = scale_values(format.grid, x.device)
     lower, upper = window(x, objective, format, values)
     best = torch.full_like(x[..., 0], torch.inf)
-    best_rank = lower
+    best_rank = lower.clone()
     steps = torch.arange(0, int((upper - lower).max()) + format.grid.stride, format.grid.stride, device=x.device)
     for chunk in steps.split(CANDIDATES_AT_ONCE):
-        rank = torch.minimum(lower + chunk[:, None, None], upper)
-        loss, at = objective.loss(x, values[rank].to(x.dtype), format.elements).min(dim=0)
+        rows = (upper - lower >= chunk[0]).any(0).nonzero()[:, 0]  # of which a block has such candidates
+        rank = torch.minimum(lower[:, rows] + chunk[:, None, None], upper[:, rows])
+        loss, at = objective.loss(x[:, rows], values[rank].to(x.dtype), format.elements).min(dim=0)
         rank = rank.gather(0, at[None])[0]
-        best_rank = torch.where(loss < best, rank, best_rank)
-        best = torch.minimum(loss, best)
+        best_rank[:, rows] = torch.where(loss < best[:, rows], rank, best_rank[:, rows])
+        best[:, rows] = torch.minimum(loss, best[:, rows])
     return values[best_rank]
 
 
