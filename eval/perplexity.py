@@ -77,9 +77,10 @@ def score_windows(models: Mapping[str, Logits], windows: Iterable[Tensor]) -> di
             loss = -logp.gather(1, window[1:, None]).sum(dtype=torch.float64)
             kl, agreeing = 0.0, len(logp)  # of the original to itself, for which nothing need be computed
             if reference is not None:
-                kl = float((reference.exp() * (reference - logp)).sum(dtype=torch.float64))
-                agreeing = int((reference.argmax(-1) == logp.argmax(-1)).sum())
-            reference = logp if reference is None else reference
+                kl = float((reference - logp).mul_(probability).sum(dtype=torch.float64))
+                agreeing = int((likeliest == logp.argmax(-1)).sum())
+            else:
+                reference, probability, likeliest = logp, logp.exp(), logp.argmax(-1)
             scores[name].append(WindowScore(float(loss), kl, agreeing, len(window) - 1))
     return scores
 

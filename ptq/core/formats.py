@@ -25,9 +25,15 @@ if TYPE_CHECKING:
 
 def round_e2m1(x: Tensor) -> Tensor:
     """Nearest of 0, .5, 1, 1.5, 2, 3, 4, 6 with the sign of x; ties to the even mantissa; beyond 6 saturates."""
-    magnitude = x.abs().clamp(max=6.0)
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0)).to(x.dtype)
-    return torch.copysign((magnitude / step).round() * step, x)
+    x = x.clamp(-6.0, 6.0)
+    step = binade(x.abs().clamp_(min=1.0)).mul_(0.5)
+    return x.div_(step).round_().mul_(step)
+
+
+def binade(x: Tensor) -> Tensor:
+    """The largest power of two that is not above x, for positive normal numbers: x without its mantissa's bits."""
+    integers, exponent = EXPONENT_BITS[x.dtype]
+    return (x.view(integers) & exponent).view(x.dtype)
 
 
 def round_int4(x: Tensor) -> Tensor:
@@ -42,9 +48,8 @@ def round_e4m3(x: Tensor) -> Tensor:
 
 def encode_e2m1(values: Tensor) -> Tensor:
     """Codes (uint8) of E2M1 values: bit 3 is the sign, bits 0-2 the rank of the magnitude.  Negative zero becomes code 0."""
-    magnitudes = torch.tensor(E2M1_MAGNITUDES, dtype=values.dtype, device=values.device)
-    rank = torch.bucketize(values.abs().contiguous(), magnitudes).to(torch.uint8)
-    return rank + 8 * (values < 0).to(torch.uint8)
+    ranks = torch.tensor(E2M1_RANKS, dtype=torch.uint8, device=values.device)
+    return ranks[(2 * values.abs()).int()] + 8 * (values < 0).to(torch.uint8)
 
 
 def encode_int4(values: Tensor) -> Tensor:
@@ -58,6 +63,13 @@ def encode_e4m3(values: Tensor) -> Tensor:
 
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_RANKS = (0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7)  # of the largest magnitude that is not above 0, .5, 1, 1.5, 2, 2.5 …
+EXPONENT_BITS = {
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+}
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Objective:
 def residual(x: Tensor, s: Tensor, elements: Elements) -> Tensor:
     """x - s · round(x / s), s without x's last dimension."""
     s = s[..., None]
-    return x - s * elements.round(x / s)
+    return torch.addcmul(x, s, elements.round(x / s), value=-1)  # the product is exact
 
 
 def quadratic(M: Tensor) -> Objective:
