@@ -71,16 +71,17 @@ def score_windows(models: Mapping[str, Logits], windows: Iterable[Tensor]) -> di
     """For each source of logits one WindowScore a window, worked out where the window is; the first source is the original's."""
     scores: dict[str, list[WindowScore]] = {name: [] for name in models}
     for index, window in enumerate(windows):
-        reference = None
+        of_original: tuple[Tensor, Tensor, Tensor] | None = None
         for name, logits in models.items():
             logp = logits(index, window).to(window.device).float().log_softmax(-1)
             loss = -logp.gather(1, window[1:, None]).sum(dtype=torch.float64)
             kl, agreeing = 0.0, len(logp)  # of the original to itself, for which nothing need be computed
-            if reference is not None:
+            if of_original:
+                reference, probability, likeliest = of_original
                 kl = float((reference - logp).mul_(probability).sum(dtype=torch.float64))
                 agreeing = int((likeliest == logp.argmax(-1)).sum())
-            else:
-                reference, probability, likeliest = logp, logp.exp(), logp.argmax(-1)
+            elif len(models) > 1:
+                of_original = logp, logp.exp(), logp.argmax(-1)
             scores[name].append(WindowScore(float(loss), kl, agreeing, len(window) - 1))
     return scores
 

@@ -18,8 +18,11 @@ import threading
 import time
 from pathlib import Path
 
+import compressed_tensors.compressors  # noqa: F401  # else each fork would import it again
 import torch
 from tqdm import tqdm
+
+import ptq.pipeline.run  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 

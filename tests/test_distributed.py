@@ -43,31 +43,50 @@ def prepare(folder: Path) -> list[str]:
 
 
 class Job(NamedTuple):
-    """What two ranks did with these arguments."""
+    """What two ranks did with these arguments: the exit code of rank 0, None of one that was killed."""
 
     arguments: list[str]
     output: Path
-    done: subprocess.CompletedProcess
+    code: int | None
+
+
+class Jobs(NamedTuple):
+    """By the name of the output; how torchrun ended, what was said, and seconds from the kill to the end."""
+
+    of: dict[str, Job]
+    code: int
+    said: str
+    seconds: float
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory) -> dict[str, Job]:
-    """By the name of the output.  The last has other texts on the ranks, which ends it and with it torchrun's own run."""
+def jobs(tmp_path_factory) -> Jobs:
+    """Of one torchrun.  A job has other texts on the ranks; in the last, rank 1 is killed."""
     folder = tmp_path_factory.mktemp("jobs")
     arguments = prepare(folder)
-    others = [word.replace("text0", "textRANK") for word in arguments]
     given = {"deterministic": ["--deterministic", *arguments]}
-    given |= {effort: ["--effort", effort, *arguments] for effort in ("default", "best")} | {"others": others}
+    given |= {effort: ["--effort", effort, *arguments] for effort in ("default", "best")}
+    given |= {"others": [word.replace("text0", "textRANK") for word in arguments], "killed": arguments}
     (folder / "jobs.json").write_text(json.dumps([[*words, str(folder / name)] for name, words in given.items()]))
     command = [*TORCHRUN, str(ROOT / "tests" / "jobs_of_ranks.py"), str(folder / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    return {name: Job(words, folder / name, done) for name, words in given.items()}
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    while not (folder / "killed.unfinished" / "layers").is_dir():
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.01)
+    process = process_of_rank(1, running.pid)
+    assert process is not None
+    os.kill(process, signal.SIGKILL)
+    killed = time.monotonic()
+    said = running.communicate(timeout=60)[1]
+    codes = [*json.loads((folder / "jobs.codes").read_text()), None]
+    done = {name: Job(given[name], folder / name, code) for name, code in zip(given, codes, strict=True)}
+    return Jobs(done, running.returncode, said, time.monotonic() - killed)
 
 
 @pytest.mark.slow
 def test_two_ranks_give_the_bytes_of_one(main, tmp_path, jobs):  # noqa: F811
-    job = jobs["deterministic"]
-    assert job.output.is_dir(), job.done.stderr
+    job = jobs.of["deterministic"]
+    assert job.code == 0 and job.output.is_dir(), jobs.said
     assert main([*job.arguments, str(tmp_path / "one")]) == 0
     assert contents(tmp_path / "one") == contents(job.output)
 
@@ -78,8 +97,8 @@ def test_two_ranks_find_what_one_does(main, tmp_path, jobs, effort):  # noqa: F8
     """The ranks share the rows of a stage (default) or solve whole stages.  Near-ties fall by the order of sums, and what is fed
     forward from one that falls otherwise changes what comes after it: another solution, of the same quality.  So the first
     layer is compared code by code, and the others by their errors."""
-    job = jobs[effort]
-    assert job.output.is_dir(), job.done.stderr
+    job = jobs.of[effort]
+    assert job.code == 0 and job.output.is_dir(), jobs.said
     assert main([*job.arguments, str(tmp_path / "one")]) == 0
     folders = {"one": tmp_path / "one", "two": job.output}
     ours, theirs = (load_file(folders[ranks] / shard_name(0, 2)) for ranks in ("two", "one"))
@@ -94,27 +113,15 @@ def test_two_ranks_find_what_one_does(main, tmp_path, jobs, effort):  # noqa: F8
 
 @pytest.mark.slow
 def test_a_rank_with_another_calibration_set_stops_the_job(jobs):
-    *before, last = jobs.values()
-    assert all(job.output.is_dir() for job in before), last.done.stderr
-    assert last.done.returncode != 0 and "rank 1 has another calibration set than rank 0" in last.done.stderr
-    assert list(last.output.parent.glob(f"{last.output.name}*")) == []
+    job = jobs.of["others"]
+    assert job.code not in (0, None) and "rank 1 has another calibration set than rank 0" in jobs.said
+    assert list(job.output.parent.glob(f"{job.output.name}*")) == []
 
 
 @pytest.mark.slow
-def test_a_dead_rank_ends_the_job_and_is_named(tmp_path):
-    script = str(ROOT / "scripts" / "quantize_llama.py")
-    command = [*TORCHRUN, script, *prepare(tmp_path), str(tmp_path / "out")]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    while not (tmp_path / "out.unfinished" / "layers").is_dir():
-        assert job.poll() is None, job.communicate()[1]
-        time.sleep(0.01)
-    process = process_of_rank(1, job.pid)
-    assert process is not None
-    os.kill(process, signal.SIGKILL)
-    killed = time.monotonic()
-    errors = job.communicate(timeout=60)[1]
-    assert job.returncode != 0 and time.monotonic() - killed < 60
-    root_cause = errors.split("Root Cause")[1]
+def test_a_dead_rank_ends_the_job_and_is_named(jobs):
+    assert jobs.code != 0 and jobs.seconds < 60 and not jobs.of["killed"].output.exists()
+    root_cause = jobs.said.split("Root Cause")[1]
     assert "rank      : 1" in root_cause and "Signal 9 (SIGKILL)" in root_cause
 
 
