@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,22 @@ OF_A_LAYER = re.compile(r"\blayers\.\d+\.")
 HARMLESS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # buffers of older releases, made anew
 
 
+@contextmanager
+def gguf_parsed_once() -> Iterator[None]:
+    """transformers parses a GGUF file for its config, its tokenizer and its weights, and makes the table of tensor names for every
+    module, seconds each: inside the block once each."""
+    names = ("GGUFReader", "get_tensor_name_map") if find_spec("gguf") else ()
+    before = [(name, getattr(import_module("gguf"), name)) for name in names]
+    for name, function in before:
+        setattr(sys.modules["gguf"], name, cache(function))
+    try:
+        yield
+    finally:
+        for name, function in before:
+            setattr(sys.modules["gguf"], name, function)
+
+
+@gguf_parsed_once()
 def load_model(
     source: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -45,22 +62,8 @@ def load_model(
     pickles (.bin) only tensors are read.
     """
     where, extra = locate(source)
-    with gguf_parsed_once():
-        config = load_config(source, where, extra)
-        tokenizer = load_tokenizer(source, where, extra)
-        return load_weights(source, where, extra, config, dtype, device), tokenizer
-
-
-def load_original(source: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
-    """The model alone, as `load_model`."""
-    where, extra = locate(source)
-    with gguf_parsed_once():
-        return load_weights(source, where, extra, load_config(source, where, extra), dtype, device)
-
-
-def load_weights(
-    source: str, where: str, extra: dict[str, str], config: PretrainedConfig, dtype: torch.dtype | None, device: str
-) -> PreTrainedModel:
+    config = load_config(source, where, extra)
+    tokenizer = load_tokenizer(source, where, extra)
     weights = weight_arguments(extra)
     if extra:
         weights["config"] = config  # a GGUF file's header takes seconds to read
@@ -77,26 +80,7 @@ def load_weights(
             **weights,
         )
     check_tensors(source, info["missing_keys"], info["unexpected_keys"])
-    return model.to(device).eval()  # type: ignore[arg-type]
-
-
-@contextmanager
-def gguf_parsed_once() -> Iterator[None]:
-    """Inside the block: transformers parses a GGUF file for its config, again for its tokenizer and again for its weights, and
-    makes the table of tensor names for every module, which together take most of a minute."""
-    if not find_spec("gguf"):
-        yield
-        return
-    import gguf
-
-    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, function in before.items():
-        setattr(gguf, name, cache(function))
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(gguf, name, function)
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def open_model(

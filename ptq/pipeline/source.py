@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq.models.adapter import ModelAdapter
 from ptq.models.families import family_of
-from ptq.models.loading import check_tensors, load_original, open_model
+from ptq.models.loading import check_tensors, load_model, open_model
 from ptq.models.streaming import StreamingAdapter
 
 
@@ -49,7 +49,7 @@ def open_source(
             "a tokenizer is given beside a path; the checkpoint's own is used: leave it out, or load the model too"
         )
     adapter, own, files = open_model(str(model), dtype=dtype, device=device)
-    return Source(str(model), adapter, own, files.identity, lambda: load_original(str(model), dtype=dtype, device=device))
+    return Source(str(model), adapter, own, files.identity, lambda: load_model(str(model), dtype=dtype, device=device)[0])
 
 
 def in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype, device: str) -> Source:
