@@ -4,8 +4,7 @@ The model makes its own masks, rotary embeddings and positions: its forward pass
 they are given, and a layer is later run by itself with just that.  So an architecture needs no code here.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from ptq.models.experts import LinearExperts, experts_of, fused_experts, linearize
-from ptq.models.families import family_of
+from ptq.models.families import family_of, layer_plan
 from ptq.runtime.adapter import Group, Layer, LayerPlan, Scaling
 from ptq.runtime.hooks import StopForward, observe_inputs
 
@@ -94,21 +93,10 @@ class ModelAdapter:
         linears = {name: part for name, part in modules.items() if isinstance(part, nn.Linear) and name not in keep}
         structure = tuple((name, linear.weight.shape) for name, linear in linears.items())
         if structure not in self._plans:
-            residual = {n: factor for n, factor in self.family.residual_of(self.config).items() if n in linears}
-            last = next(reversed(self.family.residual_of(self.config)), None)
             mixture = [name for name, part in modules.items() if isinstance(part, LinearExperts)]
-            experts = frozenset(name for name in linears if name.startswith(tuple(f"{part}." for part in mixture)))
-            groups = self._trace(layer, linears)
-            self._plans[structure] = LayerPlan(
-                waves=waves_of(groups),
-                fused=expand(self.family.fused, linears),
-                residual=residual,
-                output=last if last in residual else None,
-                keep=keep,
-                experts=experts,
-                share=self.config.num_experts_per_tok / len(modules[mixture[0]]) if mixture else 1.0,  # type: ignore[arg-type]
-                scalings=self._scalings(layer, groups),
-            )
+            share = self.config.num_experts_per_tok / len(modules[mixture[0]]) if mixture else 1.0  # type: ignore[arg-type]
+            experts = tuple(f"{part}." for part in mixture)
+            self._plans[structure] = layer_plan(self.family, self.config, self._trace(layer, linears), keep, experts, share)
         return self._plans[structure]
 
     def _scalings(self, layer: Layer, groups: Sequence[Group]) -> tuple[Scaling, ...]:
@@ -188,26 +176,6 @@ class ModelAdapter:
 def no_mask(like: Tensor) -> Tensor:
     """Stands for a finished mask where no layer runs: the model makes none then, nor looks at the device for it."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=like.device)
-
-
-def expand(fused: tuple[tuple[str, ...], ...], linears: Iterable[str]) -> tuple[tuple[str, ...], ...]:
-    """The fused sets of a layer with these linears, where * in a name stands for every expert's number."""
-    sets: dict[tuple[int, str], list[str]] = {}
-    for number, names in enumerate(fused):
-        for name in names:
-            pattern = re.escape(name).replace(r"\*", r"(\d+)")
-            for linear in linears:
-                if found := re.fullmatch(pattern, linear):
-                    sets.setdefault((number, found[1] if "*" in name else ""), []).append(linear)
-    return tuple(map(tuple, sets.values()))
-
-
-def waves_of(groups: list[Group]) -> tuple[tuple[Group, ...], ...]:
-    """Groups whose names differ in numbers only, those of experts, are one wave; all others one each."""
-    waves: dict[str, list[Group]] = {}
-    for group in groups:
-        waves.setdefault(re.sub(r"\d+", "*", " ".join(group)), []).append(group)
-    return tuple(map(tuple, waves.values()))
 
 
 def first_of(output: Any) -> Tensor:

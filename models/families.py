@@ -4,9 +4,12 @@ Which linears read the same input, and in what order they run, is found by runni
 rotary embeddings, positions and factors are the model's own.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from ptq.runtime.adapter import Group, LayerPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,3 +160,42 @@ def family_of(config: Any, source: str) -> Family:
             "(CONTRIBUTING.md says how to add one)"
         )
     return FAMILIES[config.model_type]
+
+
+def layer_plan(
+    family: Family, config: Any, groups: Sequence[Group], keep: tuple[str, ...], experts: tuple[str, ...], share: float
+) -> LayerPlan:
+    """Of a layer whose linears are read in these groups, in the order they run.  `experts`: how the names of experts' linears
+    begin, which see about `share` of the tokens."""
+    linears = [name for group in groups for name in group]
+    residual = {name: factor for name, factor in family.residual_of(config).items() if name in linears}
+    last = next(reversed(family.residual_of(config)), None)
+    return LayerPlan(
+        waves=waves_of(groups),
+        fused=expand(family.fused, linears),
+        residual=residual,
+        output=last if last in residual else None,
+        keep=keep,
+        experts=frozenset(name for name in linears if name.startswith(experts)),
+        share=share,
+    )
+
+
+def expand(fused: tuple[tuple[str, ...], ...], linears: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """The fused sets of a layer with these linears, where * in a name stands for every expert's number."""
+    sets: dict[tuple[int, str], list[str]] = {}
+    for number, names in enumerate(fused):
+        for name in names:
+            pattern = re.escape(name).replace(r"\*", r"(\d+)")
+            for linear in linears:
+                if found := re.fullmatch(pattern, linear):
+                    sets.setdefault((number, found[1] if "*" in name else ""), []).append(linear)
+    return tuple(map(tuple, sets.values()))
+
+
+def waves_of(groups: Sequence[Group]) -> tuple[tuple[Group, ...], ...]:
+    """Groups whose names differ in numbers only, those of experts, are one wave; all others one each."""
+    waves: dict[str, list[Group]] = {}
+    for group in groups:
+        waves.setdefault(re.sub(r"\d+", "*", " ".join(group)), []).append(group)
+    return tuple(map(tuple, waves.values()))

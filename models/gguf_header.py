@@ -12,7 +12,7 @@ from ptq.models.configuration import check_sizes
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-MOST_DIMENSIONS = 4
+MOST_DIMENSIONS, LONGEST = 4, 64
 NAMES = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -21,6 +21,15 @@ NAMES = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "expert_count": "num_experts",
+}
+PLAIN = ("llama", "qwen2", "qwen3")
+EMBEDDING = "token_embd.weight"
+OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+IN_LAYERS = {
+    **{f"attn_{end}": f"self_attn.{end}_proj" for end in ("q", "k", "v")},
+    **{f"attn_{end}_norm": f"self_attn.{end}_norm" for end in ("q", "k")},
+    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+    **{"attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
 }
 
 
@@ -47,7 +56,7 @@ class Cursor:
         return self.data[start : start + length].decode("utf-8")  # an error is a ValueError too
 
     def value(self) -> Any:
-        """A number, or None for what is skipped: strings and arrays.  Arrays of arrays no model has."""
+        """A number or a short string, or None for what is skipped: longer ones and arrays.  Arrays of arrays no model has."""
         kind = self.scalar("I")
         if kind in SCALARS:
             return self.scalar(SCALARS[kind])
@@ -56,8 +65,10 @@ class Cursor:
             if kind in SCALARS:
                 self.skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
                 return None
-        else:
-            count = 1
+        elif kind == STRING:
+            length = self.scalar("Q")
+            start = self.skip(length)
+            return self.data[start : start + length].decode("utf-8", "replace") if length <= LONGEST else None
         if kind != STRING:
             raise ValueError(f"a value of type {kind} before byte {self.at}")
         for _ in range(count):  # each takes eight bytes at least
@@ -67,15 +78,40 @@ class Cursor:
 
 def check_gguf(path: Path) -> None:
     """Raises ValueError of one line where the tables do not fit the file, and where they name sizes that the tensors belie."""
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            fields, shapes = read_tables(Cursor(data))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    sizes = {name: fields[key] for key in fields for tail, name in NAMES.items() if key.endswith(f".{tail}")}
-    sizes = {name: value for name, value in sizes.items() if value is not None}
+    fields, shapes = open_tables(path)
+    sizes = sizes_in(fields)
     layers = 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith("blk.")), default=-1)
     check_sizes(str(path), sizes, list(shapes.values()), layers, path.stat().st_size)
+
+
+def open_tables(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return read_tables(Cursor(data))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def sizes_in(fields: dict[str, Any]) -> dict[str, Any]:
+    """By the names that configs have."""
+    found = {name: fields[key] for key in fields for tail, name in NAMES.items() if key.endswith(f".{tail}")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def as_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]] | None:
+    """(config, shape by name) as transformers' checkpoints have them, of a file without anything that it would not be enough for;
+    None for other architectures than `PLAIN`, and without a tokenizer."""
+    fields, shapes = open_tables(path)
+    if fields.get("general.architecture") not in PLAIN or "tokenizer.ggml.tokens" not in fields or EMBEDDING not in shapes:
+        return None
+    renamed = {}
+    for name, shape in shapes.items():
+        *place, part, kind = name.split(".")
+        layer = f"model.layers.{place[1]}." if len(place) == 2 else ""
+        renamed[f"{layer}{(IN_LAYERS if layer else OUTSIDE).get(part, part)}.{kind}"] = shape[::-1]
+    config = {"model_type": fields["general.architecture"], "vocab_size": shapes[EMBEDDING][-1], **sizes_in(fields)}
+    renamed.pop("rope_freqs.weight", None)  # which transformers makes anew
+    return config | {"tie_word_embeddings": "output.weight" not in shapes}, renamed
 
 
 def read_tables(cursor: Cursor) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:

@@ -1,7 +1,7 @@
-"""A plain Llama as its config and the headers of its files show it, for a plan.
+"""A model as its config and the headers of its files show it, for a plan.
 
-Importing a model's class from transformers takes longer than all else that a plan does.  Where the files hold exactly what a
-Llama has, in the shapes that the config says, the class would find nothing else.
+Importing a model's class from transformers takes longer than all else that a plan does.  Where the files hold exactly what the
+family's models have (ptq.models.tensors), in the shapes that the config says, the class would find nothing else.
 """
 
 import json
@@ -15,48 +15,75 @@ from typing import Any
 from torch import nn
 
 from ptq.models.configuration import read_config
-from ptq.models.families import ATTENTION, FAMILIES, MLP
+from ptq.models.families import FAMILIES, Family, layer_plan
+from ptq.models.gguf_header import as_checkpoint
 from ptq.models.location import fetch, locate
 from ptq.models.shards import Shards, shard_paths
+from ptq.models.stacked import UnstackedShards
+from ptq.models.tensors import TENSORS, Tensors
 from ptq.runtime.adapter import Layer, LayerPlan
 
-LINEARS = (ATTENTION, ("self_attn.o_proj",), MLP, ("mlp.down_proj",))  # in the order they run, by input
-NORMS = ("input_layernorm", "post_attention_layernorm")
-PLAIN = {"llama": (), "mistral": (), "qwen3": ("self_attn.q_norm", "self_attn.k_norm")}  # with norms of heads
-SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+NEEDED = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+# What changes which tensors there are: a config that says another thing than this has to be asked itself.
+USUAL: dict[str, tuple[object, ...]] = {
+    "quantization_config": (None,), "attention_bias": (None, False), "mlp_bias": (None, False), "qkv_bias": (None, True),
+    "moe_layers": (None, []),
+}  # fmt: skip
+UNUSUAL: dict[str, dict[str, tuple[object, ...]]] = {
+    "gpt_oss": {"attention_bias": (True,)}, "llama4_text": {"moe_layers": ([],)},
+}  # fmt: skip
+TIED = ("smollm3", "gemma2", "gemma3_text", "cohere2")  # unless their config says otherwise
 Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """`sizes`: (d_out, d_in) of the linears that may be quantized, by name inside the layer; `shapes`: of all its tensors."""
+
+    plan: LayerPlan
+    sizes: Mapping[str, tuple[int, int]]
+    shapes: Shapes
+
+    def module(self) -> nn.Module:
+        """Holds the linears, without memory."""
+        found = nn.Module()
+        for name, (d_out, d_in) in self.sizes.items():
+            *path, leaf = name.split(".")
+            part = found
+            for step in path:
+                if not hasattr(part, step):
+                    part.add_module(step, nn.Module())
+                part = part.get_submodule(step)
+            part.add_module(leaf, nn.Linear(d_in, d_out, bias=False, device="meta"))
+        return found
 
 
 @dataclass(frozen=True)
 class Headers:
     """The skeleton (ptq.runtime.adapter) of a model of which only headers were read.
 
-    `layer`: shapes of a layer's tensors by their names inside it.  `count`: parameters of all.
+    `kinds`: of each layer.  `count`: parameters of all.
     """
 
-    names: tuple[str, ...]
-    layer: Shapes
+    kinds: tuple[LayerKind, ...]
+    family: Family
     model: Any
     count: int
-    has_experts: bool = False
+
+    @property
+    def has_experts(self) -> bool:
+        return self.family.experts is not None
 
     def parameters(self) -> int:
         return self.count
 
     def skeleton(self) -> Iterator[Layer]:
-        module = nn.Module()
-        module.self_attn, module.mlp = nn.Module(), nn.Module()
-        for name in (name for group in LINEARS for name in group):
-            d_out, d_in = self.layer[f"{name}.weight"]
-            part, leaf = name.split(".")
-            module.get_submodule(part).add_module(leaf, nn.Linear(d_in, d_out, bias=False, device="meta"))
-        for index, name in enumerate(self.names):
-            yield Layer(index, name, module)
+        modules = {id(kind): kind.module() for kind in self.kinds}
+        for index, kind in enumerate(self.kinds):
+            yield Layer(index, f"model.layers.{index}", modules[id(kind)], self.family.renamed)
 
     def plan(self, layer: Layer) -> LayerPlan:
-        family = FAMILIES[self.model.config.model_type]
-        residual = family.residual_of(self.model.config)
-        return LayerPlan(tuple((group,) for group in LINEARS), family.fused, residual, list(residual)[-1])
+        return self.kinds[layer.index].plan
 
 
 def from_headers(source: str) -> Headers | None:
@@ -66,23 +93,42 @@ def from_headers(source: str) -> Headers | None:
     """
     where, extra = locate(source)
     if extra:
-        return None
+        found = as_checkpoint(Path(where) / extra["gguf_file"])
+        return found and described(found[0], FAMILIES[found[0]["model_type"]], found[1])
     folder, _ = fetch(where)
     if not shard_paths(folder) or not has_tokenizer(folder):
         return None
-    config, stored = read_config(folder / "config.json"), Shards(folder).tensors
-    tied = bool(config.get("tie_word_embeddings"))
-    own_code = config.get("quantization_config") or config.get("attention_bias") or config.get("mlp_bias")
-    if config.get("model_type") not in PLAIN or not config.keys() >= SIZES or own_code:
+    config = read_config(folder / "config.json")
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family is None:
         return None
-    layer, ends = layer_shapes(config), end_shapes(config, tied)
-    names = tuple(f"model.layers.{index}" for index in range(config["num_hidden_layers"]))
-    wanted = ends | {f"{prefix}.{name}": shape for prefix in names for name, shape in layer.items()}
-    if wanted != {name: tensor.shape for name, tensor in stored.items()}:
+    shards = Shards(folder)
+    stacked = family.experts is not None and family.experts.ends
+    tensors = (UnstackedShards(shards, family.experts) if stacked else shards).tensors  # type: ignore[arg-type]
+    return described(config, family, {name: tensor.shape for name, tensor in tensors.items()})
+
+
+def described(config: Mapping[str, Any], family: Family, stored: Mapping[str, tuple[int, ...]]) -> Headers | None:
+    """The model, if the tensors of its files are those, and of the shapes, that its config and its family say."""
+    kind = config["model_type"]
+    if not config.keys() >= NEEDED | ({"residual_multiplier"} if callable(family.residual) else set()):
         return None
-    head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False, device="meta")
+    if any(config.get(key) not in usual for key, usual in (USUAL | UNUSUAL.get(kind, {})).items()):
+        return None
+    words = sizes_of(config)
+    try:
+        of_each = layer_kinds(config, family, TENSORS[kind], words)
+    except KeyError:  # a size that the config does not say
+        return None
+    wanted = end_shapes(words, tied=bool(config.get("tie_word_embeddings", kind in TIED)))
+    for index, layer in enumerate(of_each):
+        names = Layer(index, f"model.layers.{index}", nn.Module(), family.renamed)
+        wanted |= {names.full_name(name): shape for name, shape in layer.shapes.items()}
+    if wanted != stored:
+        return None
+    head = nn.Linear(words["d"], words["words"], bias=False, device="meta")
     model = SimpleNamespace(config=SimpleNamespace(**config), get_output_embeddings=lambda: head)
-    return Headers(names, layer, model, sum(map(math.prod, wanted.values())))
+    return Headers(of_each, family, model, sum(map(math.prod, wanted.values())))
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -93,17 +139,45 @@ def has_tokenizer(folder: Path) -> bool:
         return False
 
 
-def layer_shapes(config: Mapping[str, Any]) -> Shapes:
-    d, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    width = config.get("head_dim") or d // heads
-    out, kv = heads * width, config["num_key_value_heads"] * width
-    sizes = zip(LINEARS, ((out, kv, kv), (d,), (inner, inner), (d,)), (d, out, d, inner), strict=True)
-    linears = {name: (rows, d_in) for group, d_outs, d_in in sizes for name, rows in zip(group, d_outs, strict=True)}
-    norms = dict.fromkeys(NORMS, (d,)) | dict.fromkeys(PLAIN[config["model_type"]], (width,))
-    return {f"{name}.weight": shape for name, shape in (linears | norms).items()}
+def sizes_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """What the words of ptq.models.tensors mean in this model; without those it does not say."""
+    heads, inner = config["num_attention_heads"], config["intermediate_size"]
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    out, kv = heads * head, config["num_key_value_heads"] * head
+    found = {"d": config["hidden_size"], "inner": inner, "heads": heads, "head": head, "out": out, "kv": kv, "one": 1}
+    found |= {"qkv": out + 2 * kv, "gate_up": 2 * inner, "words": config["vocab_size"]}
+    others = {"expert": "moe_intermediate_size", "shared": "shared_expert_intermediate_size", "mlp": "intermediate_size_mlp"}
+    found |= {word: config[key] for word, key in others.items() if config.get(key)}
+    count = config.get("num_experts") or config.get("num_local_experts")
+    return found | ({"experts": count} if count else {})
 
 
-def end_shapes(config: Mapping[str, Any], tied: bool) -> Shapes:
-    d, words = config["hidden_size"], config["vocab_size"]
-    ends: Shapes = {"model.embed_tokens.weight": (words, d), "model.norm.weight": (d,)}
-    return ends if tied else ends | {"lm_head.weight": (words, d)}
+def layer_kinds(config: Mapping[str, Any], family: Family, tensors: Tensors, words: Mapping[str, int]) -> tuple[LayerKind, ...]:
+    """Of each layer.  Raises KeyError that names what the config does not say."""
+    usual = layer_kind(config, family, tensors, words)
+    dense = layer_kind(config, family, tensors.dense, words) if tensors.dense else usual
+    every, but = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
+    sparse = [index not in but and (index + 1) % every == 0 for index in range(config["num_hidden_layers"])]
+    return tuple(usual if one else dense for one in sparse)
+
+
+def layer_kind(config: Mapping[str, Any], family: Family, tensors: Tensors, words: Mapping[str, int]) -> LayerKind:
+    groups, sizes, biases = [], {}, {}
+    for columns, rows in tensors.groups:
+        for number in range(words["experts"]) if "*" in "".join(rows) else ("",):
+            groups.append(tuple(name.replace("*", str(number)) for name in rows))
+            for name, row in zip(groups[-1], rows, strict=True):
+                sizes[name] = words[rows[row]], words[columns]
+                if row in tensors.biased:
+                    biases[f"{name}.bias"] = (words[rows[row]],)
+    others = {name: tuple(words[word] for word in size.split()) for name, size in tensors.others.items()}
+    keep = tuple(name for name in family.keep if f"{name}.weight" in others)
+    experts = tuple(name.split("*")[0] for _, rows in tensors.groups for name in rows if "*" in name)
+    share = config["num_experts_per_tok"] / words["experts"] if experts else 1.0
+    plan = layer_plan(family, SimpleNamespace(**config), groups, keep, experts, share)
+    return LayerKind(plan, sizes, {f"{name}.weight": size for name, size in sizes.items()} | biases | others)
+
+
+def end_shapes(words: Mapping[str, int], *, tied: bool) -> Shapes:
+    ends: Shapes = {"model.embed_tokens.weight": (words["words"], words["d"]), "model.norm.weight": (words["d"],)}
+    return ends if tied else ends | {"lm_head.weight": (words["words"], words["d"])}

@@ -24,6 +24,7 @@ from ptq.export.layouts import LAYOUTS, get_layout
 from ptq.export.manifest import MANIFEST, read_manifest, write_manifest
 from ptq.export.modelopt import ModelOpt
 from ptq.export.reader import open_checkpoint
+from ptq.models.headers import from_headers
 from ptq.run.recipe import Recipe
 
 from .test_export import export, stored
@@ -173,6 +174,13 @@ def test_a_gguf_file_read_back_holds_the_model(tmp_path, family, format):
     assert arch == family and fields[f"{arch}.attention.head_count_kv"] == 2 and fields[f"{arch}.block_count"] == 2
     assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == "gpt-2"
     assert fields["tokenizer.ggml.tokens"][62:] == ["ab", "abc"] and fields["tokenizer.ggml.merges"] == ["a b", "ab c"]
+    skeleton = from_headers(str(tmp_path / "gguf" / "model.gguf"))
+    assert skeleton is not None
+    groups = [(layer, name) for layer in skeleton.skeleton() for group in skeleton.plan(layer).groups for name in group]
+    sizes = {layer.full_name(name): layer.linear(name).weight.shape for layer, name in groups}
+    assert sizes == {name: weight.shape for name, weight in weights.items()}
+    rest = [tensor.numel() for name, tensor in dense.items() if "_proj." not in name or name.endswith(".bias")]
+    assert skeleton.parameters() == sum(rest) + sum(weight.numel() for weight in weights.values())
 
 
 def test_biases_of_q_and_k_change_places_like_their_rows():

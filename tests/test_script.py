@@ -67,6 +67,8 @@ def test_a_whole_run(main, job, capsys, options, label):
     about = yaml.safe_load(card.split("---")[1])
     assert about["pipeline_tag"] == "text-generation" and about["tags"][0] == report["settings"]["format"]
     assert f"| {label} | {report[label]['ppl']:.3f} | {report[label]['kl']:.5f} |" in card and str(output.parent) not in card
+    said = card.split("## What it says")[1].split("## How")[0]
+    assert all(text in said for text in report["samples"].values()) and said.count("```") == 6
     assert "token ppl" in printed and "max |logit difference| = 0" in printed
 
 

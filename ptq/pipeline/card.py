@@ -4,6 +4,7 @@ It holds no times and no paths, so that the same run writes the same bytes.
 """
 
 import json
+import re
 
 from ptq.run.plan import Plan
 from ptq.run.summary import scores_of
@@ -24,7 +25,7 @@ def model_card(report: dict, plan: Plan) -> str:
         f"{name} with the weights of {len(plan.linears)} linears in {formats}{left}, made by ptq {report['versions']['ptq']}. "
         "Embeddings, norms and the output head are bfloat16.\n",
         f"## How it was made\n\n{method(settings, report)}\n{made_by(report)}",
-        f"## What it lost\n\n{losses(report)}\n",
+        f"## What it lost\n\n{losses(report)}\n{samples(report)}",
         SERVE,
         f"Versions: {', '.join(f'{package} {version}' for package, version in report['versions'].items())}; {report['device']}.\n",
     ]
@@ -89,3 +90,18 @@ def losses(report: dict) -> str:
             *(f"| {name} | {value['ppl']:.3f} | {value['kl']:.5f} |" for name, value in scores.items()),
         ]
     return "\n".join(lines) or "Not measured: this method needs no calibration, and no text was given to evaluate on."
+
+
+def samples(report: dict) -> str:
+    """What the original and the checkpoint say after the first words of the text that was evaluated on."""
+    if "samples" not in report:
+        return ""
+    names = {"prompt": "The text begins", "original": "The original goes on"}
+    parts = [f"{names.get(name, 'This checkpoint goes on')}:\n\n{fenced(text)}" for name, text in report["samples"].items()]
+    return "\n## What it says\n\nThe likeliest token, again and again. " + "\n\n".join(parts) + "\n"
+
+
+def fenced(text: str) -> str:
+    """As it is, whatever marks it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
