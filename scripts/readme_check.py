@@ -8,6 +8,7 @@ and the clone's own `make` and `pip` are named and left out.  Prints a line a co
 """
 
 import argparse
+import os
 import re
 import runpy
 import subprocess
@@ -30,10 +31,11 @@ def blocks(language: str) -> list[str]:
 
 def install(work: Path) -> Path:
     """The bin folder of a fresh environment with the wheel and what it needs."""
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", work, ROOT], check=True)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # where a tree would pass for installed
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", work, ROOT], check=True, env=clean)
     subprocess.run([sys.executable, "-m", "venv", work / "venv"], check=True)
     pip = [work / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
-    subprocess.run([*pip, next(work.glob("*.whl"))], check=True)
+    subprocess.run([*pip, next(work.glob("*.whl"))], check=True, env=clean)
     return work / "venv" / "bin"
 
 
@@ -48,7 +50,7 @@ def main() -> int:
     lines = [line.split("  #")[0].strip() for block in blocks("") for line in block.splitlines()]
     commands = [line for line in lines if re.match(r"(ptq|vllm|make|git|pip) ", line)]
     environment = {"PATH": f"{binaries}:/usr/bin:/bin", "HOME": str(work), "HF_HUB_OFFLINE": "1"}
-    scripts = {f"Python block {number}": code for number, code in enumerate(blocks("python"), 1)}
+    scripts = {"README's Python": "\n".join(blocks("python"))}
     for what in (*commands, *scripts):
         if LEFT_OUT.match(what):
             print(f"not run  {what}")

@@ -175,12 +175,12 @@ def test_a_gguf_file_read_back_holds_the_model(tmp_path, family, format):
     assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == "gpt-2"
     assert fields["tokenizer.ggml.tokens"][62:] == ["ab", "abc"] and fields["tokenizer.ggml.merges"] == ["a b", "ab c"]
     skeleton = from_headers(str(tmp_path / "gguf" / "model.gguf"))
-    assert skeleton is not None
-    groups = [(layer, name) for layer in skeleton.skeleton() for group in skeleton.plan(layer).groups for name in group]
-    sizes = {layer.full_name(name): layer.linear(name).weight.shape for layer, name in groups}
-    assert sizes == {name: weight.shape for name, weight in weights.items()}
-    rest = [tensor.numel() for name, tensor in dense.items() if "_proj." not in name or name.endswith(".bias")]
-    assert skeleton.parameters() == sum(rest) + sum(weight.numel() for weight in weights.values())
+    assert (skeleton is None) == (format == NVFP4)  # whose scales of tensors transformers does not know
+    if skeleton:
+        groups = [(layer, name) for layer in skeleton.skeleton() for group in skeleton.plan(layer).groups for name in group]
+        sizes = {layer.full_name(name): layer.linear(name).weight.shape for layer, name in groups}
+        assert sizes == {name: weight.shape for name, weight in weights.items()}
+        assert skeleton.parameters() == sum(tensor.n_elements for tensor in reader.tensors)
 
 
 def test_biases_of_q_and_k_change_places_like_their_rows():
