@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--gguf", type=Path, help="a GGUF file too")
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
-    save_tiny = runpy.run_module("tests.tiny")["save_tiny"]
+    save_tiny = runpy.run_path(str(ROOT / "tests" / "tiny.py"))["save_tiny"]
     floor = min(seconds("-c", "import torch") for _ in range(args.repeats))
     print(f"| model | `ptq plan`, s | of `import torch` ({floor:.1f} s) |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
