@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ptq.models.experts import LinearExperts, experts_of, fused_experts, linearize
 from ptq.models.families import family_of, layer_plan
-from ptq.runtime.adapter import Group, Layer, LayerPlan, Scaling
+from ptq.runtime.adapter import Group, Layer, LayerPlan
 from ptq.runtime.hooks import StopForward, observe_inputs
 
 Call = tuple[tuple, dict[str, Any]]
@@ -98,18 +98,6 @@ class ModelAdapter:
             experts = tuple(f"{part}." for part in mixture)
             self._plans[structure] = layer_plan(self.family, self.config, self._trace(layer, linears), keep, experts, share)
         return self._plans[structure]
-
-    def _scalings(self, layer: Layer, groups: Sequence[Group]) -> tuple[Scaling, ...]:
-        """Those of the family whose readers are all that read that input."""
-        read = {frozenset(group) for group in groups}
-        head = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        found = []
-        for maker, readers in self.family.scaled:
-            if frozenset(readers) in read:
-                module = layer.module.get_submodule(maker)
-                width = head if maker.endswith("v_proj") else len(next(module.parameters()))
-                found.append(Scaling(maker, readers, width))
-        return tuple(found)
 
     def ends(self) -> dict[str, Tensor]:
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ptq.runtime.adapter import Group, LayerPlan
+from ptq.runtime.adapter import Group, LayerPlan, Scaling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,7 +178,16 @@ def layer_plan(
         keep=keep,
         experts=frozenset(name for name in linears if name.startswith(experts)),
         share=share,
+        scalings=scalings_of(family, config, groups),
     )
+
+
+def scalings_of(family: Family, config: Any, groups: Sequence[Group]) -> tuple[Scaling, ...]:
+    """Those of the family whose readers are all that read that input."""
+    read = {frozenset(group) for group in groups}
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = [(maker, readers) for maker, readers in family.scaled if frozenset(readers) in read]
+    return tuple(Scaling(maker, readers, head if maker.endswith("v_proj") else None) for maker, readers in found)
 
 
 def expand(fused: tuple[tuple[str, ...], ...], linears: Iterable[str]) -> tuple[tuple[str, ...], ...]:

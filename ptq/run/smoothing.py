@@ -74,10 +74,10 @@ def sample_inputs(adapter: Adapter, layer: Layer, plan: LayerPlan, names: list[s
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def choose_channel_scales(x: Tensor, W: Tensor, recipe: Recipe, outputs: int, width: int) -> Tensor:
+def choose_channel_scales(x: Tensor, W: Tensor, recipe: Recipe, outputs: int, width: int | None) -> Tensor:
     """s (outputs,) float32, powers of two, for inputs x (n, d_in) of W (d_out, d_in); `width` as in `Scaling`."""
     assert recipe.activation
-    size = x.square().mean(0).view(-1, x.shape[1] // outputs, width).mean(1).sqrt().flatten()
+    size = x.square().mean(0).view(-1, x.shape[1] // outputs, width or outputs).mean(1).sqrt().flatten()
     tried = x[::TRIED]
     best, least = torch.ones_like(size), None
     for s in candidates(size):
@@ -105,9 +105,9 @@ def output_error(x: Tensor, W: Tensor, recipe: Recipe, activation: ActivationFor
     return of_inputs.square().sum() + WEIGHTS_SHARE * of_weights.square().sum()
 
 
-def spread(s: Tensor, d_in: int, width: int) -> Tensor:
+def spread(s: Tensor, d_in: int, width: int | None) -> Tensor:
     """s (outputs,) as the readers' inputs (d_in,) have it: every `width` of them for as many query heads as share them."""
-    return s.view(-1, 1, width).expand(-1, d_in // len(s), -1).flatten()
+    return s.view(-1, 1, width or len(s)).expand(-1, d_in // len(s), -1).flatten()
 
 
 def scale_channels(layer: Layer, scaling: Scaling, s: Tensor) -> None:

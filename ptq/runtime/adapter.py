@@ -39,11 +39,11 @@ class Layer:
 @dataclass(frozen=True)
 class Scaling:
     """Channels that may be scaled without changing what the layer does: `maker`, a norm or a linear, makes them, and the linears
-    `readers` are all that read them.  `width`: that many outputs of the maker, one head's, are read several times in a row."""
+    `readers` are all that read them.  `width`: so many channels, a head's, may be read several times in a row; None: each once."""
 
     maker: str
     readers: Group
-    width: int
+    width: int | None
 
     def outputs(self, layer: Layer) -> int:
         """How many channels the maker makes."""
