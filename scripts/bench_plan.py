@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How long `ptq plan` takes for a small model of each family, beside `import torch`, in CPU seconds (least of --repeats).
 
-    python scripts/bench_plan.py [FAMILY…] [--gguf FILE]
+python scripts/bench_plan.py [FAMILY…] [--gguf FILE]
 """
 
 import argparse

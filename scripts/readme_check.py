@@ -32,7 +32,9 @@ def blocks(language: str) -> list[str]:
 def install(work: Path) -> Path:
     """The bin folder of a fresh environment with the wheel and what it needs."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # where a tree would pass for installed
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", work, ROOT], check=True, env=clean)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", work, ROOT], check=True, env=clean
+    )
     subprocess.run([sys.executable, "-m", "venv", work / "venv"], check=True)
     pip = [work / "venv" / "bin" / "python", "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
     subprocess.run([*pip, next(work.glob("*.whl"))], check=True, env=clean)
