@@ -17,7 +17,7 @@ from torch.distributed import TCPStore
 
 from ptq.export.checkpoint import shard_name
 from ptq.runtime.distributed import Ranks, assign, init_process_group, shard_rows
-from ptq.runtime.heartbeat import heartbeat, may_wait
+from ptq.runtime.heartbeat import heartbeat, may_wait, meeting
 
 from .conftest import ROOT
 from .processes import process_of_rank
@@ -212,6 +212,40 @@ def test_a_rank_that_hangs_names_itself_and_says_where(monkeypatch, tmp_path, wo
         assert "lock.acquire(timeout=8)" in said
     else:
         assert (code, said) == (0, "")
+
+
+def loops() -> None:
+    until = time.monotonic() + 2
+    while time.monotonic() < until:
+        pass
+
+
+def meets() -> None:
+    with meeting():
+        time.sleep(2)
+
+
+@pytest.mark.parametrize("work", [loops, waits, meets])
+def test_a_rank_for_which_another_waits_says_where_it_is(monkeypatch, tmp_path, work):
+    """In a fork, beside a rank that says that it has been in a collective for 7 s: once, and nothing is ended for that."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    child = os.fork()
+    if child == 0:
+        sys.stderr = (tmp_path / "said").open("w")
+        with heartbeat(0, 2, interval=0.05, silence=5.0, patience=0.5):
+            work()
+        os._exit(0)
+    ended, count = (0, 0), 0
+    while ended == (0, 0):
+        store.set("heartbeat 1", f"{(count := count + 1)} 7")
+        time.sleep(0.05)
+        ended = os.waitpid(child, os.WNOHANG)
+    said = (tmp_path / "said").read_text()
+    whom = "both it and rank 1 have been in a collective" if work is meets else "rank 1 has waited for this one"
+    place = f"{ROOT.name}/tests/test_distributed.py, {work.__name__}"
+    assert (os.waitstatus_to_exitcode(ended[1]), said) == (0, f"rank 0: {whom} for 7 s; it is at {place}\n")
 
 
 @pytest.mark.parametrize("sequences", [8, 13, 128])

@@ -33,6 +33,17 @@ def test_equal_one_backward_pass_through_the_whole_model():
             assert torch.allclose(ours, torch.as_tensor(expected), rtol=1e-4, atol=1e-6 * float(ours.max()))
 
 
+@pytest.mark.parametrize("curvature", [None, lambda name, G: None], ids=["weights", "row feedback"])
+def test_a_gradient_that_is_not_finite_is_named(curvature):
+    """A head of 1e30 has a finite loss and gradient, the gradient's square in no float32; NaN in a bias gives NaN everywhere."""
+    model = tiny_model()
+    model.lm_head.weight.data *= 1e30
+    with pytest.raises(
+        ValueError, match=r"^model\.layers\.1\.mlp\.down_proj: the gradient .* is not finite.*--token-importance none"
+    ):
+        token_importance(ModelAdapter(model), TOKENS.split(2), curvature=curvature)
+
+
 def test_sampled_labels_follow_their_seed():
     adapter = ModelAdapter(tiny_model())
     first, again, other = (token_importance(adapter, TOKENS.split(2), seed=seed) for seed in (0, 0, 1))

@@ -12,7 +12,7 @@ way down a small batch runs through a segment with its graph, and the gradient c
 the graph holds activations only.  Every layer is run twice but those of the last segment, which are run once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -167,9 +167,24 @@ def descend(
         hidden.store(rows, gradient)
 
     each_batch(hidden, "importance", work, divisor=max(1, len(part) // 2))
+    check_gradients({first_name: weights[first_name] for _, first_name in names.values()})
     if curvature is not None:
         for linear, (name, _) in names.items():
             curvature(name, G.pop(linear))
+
+
+def check_gradients(weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError that names the linear, the last one to run of those whose outputs have a gradient, squared, that is not
+    finite: where it came from, on the way down."""
+    finite = torch.stack([weight.isfinite().all() for weight in weights.values()]).tolist()
+    bad = [name for name, whole in zip(weights, finite, strict=True) if not whole]
+    if bad:
+        count, size = int((~weights[bad[-1]].isfinite()).sum()), weights[bad[-1]].numel()
+        raise ValueError(
+            f"{bad[-1]}: the gradient of the loss by its output is not finite, or its square is not, for {count} of {size} tokens; "
+            "token importance cannot be had: leave it out with --token-importance none --no-row-feedback, or look at the layers "
+            "after this one"
+        )
 
 
 def to_keep(G: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def answered(work: Callable[[], int], kept: str = "nothing was kept") -> int:
 
     try:
         return work()
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -148,7 +148,15 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             text = quantize(args, settings)
         if text is not None:
             print(text)
-    except (ValueError, OSError, SafetensorError, CertificateError, ReadBackError, torch.OutOfMemoryError) as error:
+    except (
+        ValueError,
+        OSError,
+        SafetensorError,
+        CertificateError,
+        ReadBackError,
+        MemoryError,
+        torch.OutOfMemoryError,
+    ) as error:
         print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:

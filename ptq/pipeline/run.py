@@ -30,9 +30,11 @@ from ptq.run.resume import Unfinished, fingerprint, is_complete, unfinished_fold
 from ptq.run.rules import GivenRules, all_rules, described, file_rules
 from ptq.run.settings import base_recipe
 from ptq.runtime.distributed import init_process_group, local_device
+from ptq.runtime.memory import host_memory
 from ptq.settings import OF_THE_MACHINE, OF_THE_TEXT, PLACES, Settings
 
 
+@host_memory()
 def run(
     model: str | Path | PreTrainedModel,
     settings: Settings,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ptq.runtime.heartbeat import heartbeat, may_wait
+from ptq.runtime.heartbeat import heartbeat, meeting
 
 GROUPS = 8
 TIMEOUT = timedelta(minutes=10)
@@ -27,7 +27,7 @@ def exchange() -> Iterator[None]:
     """The block waits for other ranks.  Raises ConnectionError where one has ended meanwhile: gloo and NCCL raise a RuntimeError
     of no class of its own."""
     try:
-        with may_wait():
+        with meeting():
             yield
     except torch.OutOfMemoryError:
         raise

@@ -1,5 +1,8 @@
-"""How much memory is left, on a GPU or on the host."""
+"""How much memory is left, on a GPU or on the host, and what is said where the host's ends."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -21,3 +24,20 @@ def free_share(device: torch.device) -> float:
     if limit == "max" or int(limit) >= host.total:
         return host.available / host.total
     return min(host.available, int(limit) - psutil.Process().memory_info().rss) / int(limit)
+
+
+@contextmanager
+def host_memory() -> Iterator[None]:
+    """Raises MemoryError, in one line with what to set, where the block asks the host for more memory than it gives; torch raises a
+    RuntimeError of no class of its own."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        size = re.search(r"allocate (\d+) bytes", str(error))
+        tensor = f" for a tensor of {int(size[1]) / 1e9:.2f} GB" if size else ""
+        raise MemoryError(
+            f"the host has no memory left{tensor}; give --batch 1, fewer --sequences or a shorter --length, or take a machine "
+            "with more; finished layers are kept for --resume"
+        ) from error
