@@ -19,8 +19,13 @@ from ptq.core.linalg import NotPositiveDefiniteError, block_diagonal, damped, in
 from ptq.core.scales import RULES, choose_scales
 from ptq.methods.gptq import gptq
 from ptq.methods.rtn import quantize, rtn
+from ptq.models.adapter import ModelAdapter
+from ptq.run.loop import Calibration, quantize_model
 from ptq.run.recipe import Recipe
+from ptq.run.record import LEAST_LOSS
 from ptq.run.solve import Statistics, drift_target
+
+from .tiny import tiny_model
 
 INT4_SMALL = replace(INT4_G128, block=32)
 FORMATS = [NVFP4, MXFP4, MXFP4_ROUND, INT4_SMALL]
@@ -246,7 +251,7 @@ def certificate(solution) -> float:
     """Relative, and 0 where both sides are rounding noise: weights on the grid leave none."""
     accumulated, measured = solution.accumulated.sum(), solution.measured.sum()
     energy = solution.quantized.dequantize().double().square().sum() * 1e-30
-    return float((accumulated - measured).abs() / max(measured, energy, 1e-300))
+    return float((accumulated - measured).abs() / max(measured, energy, LEAST_LOSS))
 
 
 @examples(60)
@@ -301,3 +306,13 @@ def test_nvfp4_spans_float32(size):
     assert result.isfinite().all()
     allowed = 0.15 if size > 1e-38 else 1.0
     assert float((result - scaled.double()).norm()) <= allowed * float(scaled.double().norm())
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-16, 1e-18, 1e-20, 1e-22, 1e-37])
+def test_a_linear_of_tiny_weights_is_no_error(size):
+    """Of weights of 1e-22, a dead expert's, the loss underflows to 0 in float32, and what was added up in float64 does not."""
+    model = tiny_model()
+    model.model.layers[0].mlp.down_proj.weight.data *= size
+    tokens = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))
+    records = [record for record, _ in quantize_model(ModelAdapter(model), Recipe(), Calibration([tokens]))]
+    assert len(records) == 14 and all(record.certificate < 1e-4 for record in records)
