@@ -23,13 +23,14 @@ GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 W132 = ("w1", "w3", "w2")
 GRANITE_EXPERTS = ("block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3")
 
-Residual = Mapping[str, float]
 SCALED = (
     ("input_layernorm", ATTENTION),
     ("self_attn.v_proj", ("self_attn.o_proj",)),
     ("post_attention_layernorm", MLP),
     ("mlp.up_proj", ("mlp.down_proj",)),
 )
+
+Residual = Mapping[str, float]
 BOTH: Residual = {"self_attn.o_proj": 1.0, "mlp.down_proj": 1.0}
 NONE: Residual = {}
 
@@ -162,6 +163,11 @@ def family_of(config: Any, source: str) -> Family:
     return FAMILIES[config.model_type]
 
 
+def head_dim(config: Any) -> int:
+    """Channels of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def layer_plan(
     family: Family, config: Any, groups: Sequence[Group], keep: tuple[str, ...], experts: tuple[str, ...], share: float
 ) -> LayerPlan:
@@ -185,9 +191,8 @@ def layer_plan(
 def scalings_of(family: Family, config: Any, groups: Sequence[Group]) -> tuple[Scaling, ...]:
     """Those of the family whose readers are all that read that input."""
     read = {frozenset(group) for group in groups}
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found = [(maker, readers) for maker, readers in family.scaled if frozenset(readers) in read]
-    return tuple(Scaling(maker, readers, head if maker.endswith("v_proj") else None) for maker, readers in found)
+    return tuple(Scaling(maker, readers, head_dim(config) if maker.endswith("v_proj") else None) for maker, readers in found)
 
 
 def expand(fused: tuple[tuple[str, ...], ...], linears: Iterable[str]) -> tuple[tuple[str, ...], ...]:

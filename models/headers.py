@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ptq.models.configuration import read_config
-from ptq.models.families import FAMILIES, Family, layer_plan
+from ptq.models.families import FAMILIES, Family, head_dim, layer_plan
 from ptq.models.gguf_header import as_checkpoint
 from ptq.models.location import fetch, locate
 from ptq.models.shards import Shards, shard_paths
@@ -142,7 +142,7 @@ def has_tokenizer(folder: Path) -> bool:
 def sizes_of(config: Mapping[str, Any]) -> dict[str, int]:
     """What the words of ptq.models.tensors mean in this model; without those it does not say."""
     heads, inner = config["num_attention_heads"], config["intermediate_size"]
-    head = config.get("head_dim") or config["hidden_size"] // heads
+    head = head_dim(SimpleNamespace(**config))
     out, kv = heads * head, config["num_key_value_heads"] * head
     found = {"d": config["hidden_size"], "inner": inner, "heads": heads, "head": head, "out": out, "kv": kv, "one": 1}
     found |= {"qkv": out + 2 * kv, "gate_up": 2 * inner, "words": config["vocab_size"]}

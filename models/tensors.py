@@ -7,6 +7,8 @@ compares the two.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ptq.models.families import GATE_UP_DOWN, W132
+
 Rows = Mapping[str, str]
 
 
@@ -30,10 +32,6 @@ AROUND: Rows = {"post_feedforward_layernorm.weight": "d"}
 HEADS: Rows = {"self_attn.q_norm.weight": "head", "self_attn.k_norm.weight": "head"}
 WHOLE: Rows = {"self_attn.q_norm.weight": "out", "self_attn.k_norm.weight": "kv"}
 ROUTER: Rows = {"mlp.gate.weight": "experts d"}
-
-
-GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
-W132 = ("w1", "w3", "w2")
 
 
 def mlp(prefix: str, inner: str, names: tuple[str, str, str] = GATE_UP_DOWN) -> tuple[tuple[str, Rows], tuple[str, Rows]]:

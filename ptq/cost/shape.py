@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ptq.calibrate.importance import SEGMENT
+from ptq.models.families import head_dim
 from ptq.run.plan import Pass, Plan
 from ptq.runtime.adapter import Layer, LayerPlan, Skeleton
 
@@ -126,10 +127,9 @@ def shape_of(plan: Plan, adapter: Skeleton, sequences: int, length: int, importa
     shapes = Counter(layer_shape(*each) for each in layers)
     model, recipes = adapter.model, plan.recipes.values()
     head, config = model.get_output_embeddings(), model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(
         layers=tuple(shapes.items()),
-        attention=config.num_attention_heads * width,
+        attention=config.num_attention_heads * head_dim(config),
         head=(head.out_features, head.in_features),
         sequences=sequences,
         length=length,

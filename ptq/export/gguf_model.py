@@ -5,9 +5,12 @@ Sources: llama.cpp's conversion/base.py (set_gguf_parameters) and conversion/lla
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+
+from ptq.models.families import head_dim
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,6 @@ def rope_of(config: dict) -> dict:
     return rope
 
 
-def head_dim(config: dict) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-
-
 def add_settings(writer, config: dict, kinds: set[str]) -> None:
     """Raises ValueError for rotary embeddings that GGUF has no word for."""
     import gguf
@@ -65,9 +64,10 @@ def add_settings(writer, config: dict, kinds: set[str]) -> None:
     writer.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_key_length(head_dim(config))
-    writer.add_value_length(head_dim(config))
-    writer.add_rope_dimension_count(head_dim(config))
+    width = head_dim(SimpleNamespace(**config))
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
     rope = rope_of(config)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] in ("linear", "yarn"):
@@ -90,7 +90,7 @@ def rope_factors(config: dict) -> Tensor | None:
     rope = rope_of(config)
     if rope["rope_type"] != "llama3":
         return None
-    dim = head_dim(config)
+    dim = head_dim(SimpleNamespace(**config))
     waves = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     turns = rope["original_max_position_embeddings"] / waves
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]

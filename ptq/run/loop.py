@@ -105,7 +105,7 @@ def quantize_layers(
     try:
         for layer in adapter.layers(range(first, len(adapter.names))):
             with fused_norms(layer.module):
-                loop.begin(layer)
+                loop.begin(layer, finished=layer.index < finished)
                 if layer.index < finished:
                     assert restore
                     loop.restore(layer, restore)
@@ -158,9 +158,10 @@ class LayerLoop:
         self.original: Layer | None = None
         self.inputs: Inputs = {}
 
-    def begin(self, layer: Layer) -> None:
-        """Scales its channels and keeps the layer as it is before it is quantized, where that is needed."""
-        if self.stream:
+    def begin(self, layer: Layer, *, finished: bool) -> None:
+        """Scales its channels, unless it is `finished` and comes scaled from the disk, and keeps the layer as it is before it is
+        quantized, where that is needed."""
+        if self.stream and not finished:
             with phase("forward"):
                 scaled = smooth(self.adapter, layer, self.plan.layers[layer.index], self.plan.recipes, self.stream)
             self.curvature = Rescaled(self.known_curvature, scaled) if scaled else self.known_curvature

@@ -125,7 +125,7 @@ def main_frame() -> FrameType:
 
 
 def where() -> str:
-    """The innermost line of this package that the main thread is in; of anything where it is in none."""
+    """File and function of the innermost frame of this package that the main thread is in; of any frame where it is in none."""
     frames = [frame for frame, _ in traceback.walk_stack(main_frame())]
     ours = [
         frame
