@@ -93,6 +93,8 @@ def beat_and_listen(
             end(f"error on rank {rank}: rank {rank} has done nothing for {silence:.0f} s; it hangs here:\n{stack}")
         theirs, mine = float(found.partition(" ")[2] or 0), waited()
         if theirs > patience and (mine > patience or not mine) and (place := where()) not in said:
+            if ended.is_set():  # the main thread may be on its way out of the block by now
+                break
             said.add(place)
             whom = f"both it and rank {other} have been in a collective" if mine else f"rank {other} has waited for this one"
             tell(f"rank {rank}: {whom} for {theirs:.0f} s; it is at {place}\n")
