@@ -5,6 +5,7 @@ they are given, and a layer is later run by itself with just that.  So an archit
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from ptq.models.experts import LinearExperts, experts_of, fused_experts, linearize
-from ptq.models.families import family_of, layer_plan
+from ptq.models.families import HEAD, family_of, layer_plan
 from ptq.runtime.adapter import Group, Layer, LayerPlan
 from ptq.runtime.hooks import StopForward, observe_inputs
 
@@ -36,6 +37,7 @@ class ModelAdapter:
         self._body = decoder if hasattr(decoder, "layers") else decoder.model  # Llama 4's decoder is the whole
         self.prefix = next(name for name, module in model.named_modules() if module is self._body) + ".layers."
         self.names = tuple(f"{self.prefix}{index}" for index in range(model.config.num_hidden_layers))
+        self._head_name = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
         self._calls: dict[tuple[int, torch.dtype, torch.device], list[Call]] = {}
         self._plans: dict[tuple, LayerPlan] = {}
 
@@ -62,22 +64,42 @@ class ModelAdapter:
 
     def layers(self, order: Sequence[int] | None = None) -> Iterator[Layer]:
         for index in range(len(self.names)) if order is None else order:
-            yield self._layer(index, self._body.layers[index])
+            yield self._layer(index, self._module(index))
+
+    def head(self) -> Layer:
+        return self._layer(len(self.names), self._module(len(self.names)))
+
+    def _module(self, index: int) -> nn.Module:
+        return self._body.layers[index] if index < len(self.names) else self.model.get_output_embeddings()  # type: ignore[return-value]
 
     def _layer(self, index: int, module: nn.Module) -> Layer:
-        return Layer(index, self.names[index], module, self.family.renamed)
+        return Layer(index, (*self.names, self._head_name)[index], module, self.family.renamed)
 
     def forward(self, layer: Layer, hidden: Tensor) -> Tensor:
+        if layer.index == len(self.names):
+            return layer.module(self._after_layers(hidden))
         args, kwargs = self._recorded(hidden)[layer.index]
         return first_of(layer.module(hidden, *args, **kwargs))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        layers = self._body.layers
-        replace_forward(layers, lambda index, _hidden, _call: hidden)
+    def logits(self, hidden: Tensor, head: Layer | None = None) -> Tensor:
+        own = self.model.get_output_embeddings()
+        self.model.set_output_embeddings(head.module if head else own)
         try:
-            return self.model(inputs_embeds=hidden, attention_mask=no_mask(hidden), use_cache=False).logits
+            with replaced_forward(self._body.layers, lambda _index, _hidden, _call: hidden):
+                return self.model(inputs_embeds=hidden, attention_mask=no_mask(hidden), use_cache=False).logits
         finally:
-            restore_forward(layers)
+            self.model.set_output_embeddings(own)
+
+    def _after_layers(self, hidden: Tensor) -> Tensor:
+        """What the model makes of the last layer's output before it comes to the head."""
+        with replaced_forward(self._body.layers, lambda _index, _hidden, _call: hidden):
+            return self._body(inputs_embeds=hidden, attention_mask=no_mask(hidden), use_cache=False).last_hidden_state
+
+    def untie(self) -> None:
+        if self.config.tie_word_embeddings:
+            head: Any = self.model.get_output_embeddings()
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            self.config.tie_word_embeddings = False
 
     def watch(self, layer: Layer, tokens: Mapping[int, Tensor] | None) -> None:
         for experts in experts_of(layer.module):
@@ -88,6 +110,8 @@ class ModelAdapter:
 
     def plan(self, layer: Layer) -> LayerPlan:
         """Found by running the layer on the meta device, once for all layers of its structure."""
+        if layer.index == len(self.names):
+            return HEAD
         modules = dict(layer.module.named_modules())
         keep = tuple(name for name in self.family.keep if name in modules)
         linears = {name: part for name, part in modules.items() if isinstance(part, nn.Linear) and name not in keep}
@@ -100,7 +124,7 @@ class ModelAdapter:
         return self._plans[structure]
 
     def ends(self) -> dict[str, Tensor]:
-        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        tied = {f"{self._head_name}.weight"} if self.config.tie_word_embeddings else set()
         tensors = self.model.state_dict()
         return {name: tensor for name, tensor in tensors.items() if not name.startswith(self.prefix) and name not in tied}
 
@@ -129,14 +153,8 @@ class ModelAdapter:
 
     def _run_body(self, note: Callable[[int, Tensor, Call], Tensor], **inputs: Tensor) -> None:
         """The decoder's own forward pass over layers that do what `note` does, until it raises StopForward."""
-        layers = self._body.layers
-        replace_forward(layers, note)
-        try:
+        with replaced_forward(self._body.layers, note), suppress(StopForward):
             self._body(**inputs, use_cache=False)
-        except StopForward:
-            pass
-        finally:
-            restore_forward(layers)
 
     @torch.no_grad()
     def _trace(self, layer: Layer, linears: dict[str, nn.Module]) -> list[Group]:
@@ -171,12 +189,13 @@ def first_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def replace_forward(layers: nn.ModuleList, forward: Callable[[int, Tensor, Call], Tensor]) -> None:
-    """Until `restore_forward`, layer number i returns forward(i, hidden, (other arguments, keyword arguments))."""
+@contextmanager
+def replaced_forward(layers: nn.ModuleList, forward: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+    """Inside the block layer number i returns forward(i, hidden, (other arguments, keyword arguments))."""
     for index, layer in enumerate(layers):
         layer.forward = lambda hidden, *args, index=index, **kwargs: forward(index, hidden, (args, kwargs))
-
-
-def restore_forward(layers: nn.ModuleList) -> None:
-    for layer in layers:
-        del layer.forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

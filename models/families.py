@@ -89,6 +89,7 @@ class Family:
         return self.residual(config) if callable(self.residual) else self.residual
 
 
+HEAD = LayerPlan(waves=((("",),),), fused=(), residual={}, output=None, last=True)
 LLAMA = Family(scaled=SCALED)
 AFTER_NORM = Family(residual=NONE)
 QWEN_MOE = Family((ATTENTION, MLP, EXPERTS), keep=("mlp.gate",), experts=Stacking(GATE_UP_DOWN))

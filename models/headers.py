@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ptq.models.configuration import read_config
-from ptq.models.families import FAMILIES, Family, head_dim, layer_plan
+from ptq.models.families import FAMILIES, HEAD, Family, head_dim, layer_plan
 from ptq.models.gguf_header import as_checkpoint
 from ptq.models.location import fetch, locate
 from ptq.models.shards import Shards, shard_paths
@@ -82,8 +82,11 @@ class Headers:
         for index, kind in enumerate(self.kinds):
             yield Layer(index, f"model.layers.{index}", modules[id(kind)], self.family.renamed)
 
+    def head(self) -> Layer:
+        return Layer(len(self.kinds), "lm_head", self.model.get_output_embeddings())
+
     def plan(self, layer: Layer) -> LayerPlan:
-        return self.kinds[layer.index].plan
+        return self.kinds[layer.index].plan if layer.index < len(self.kinds) else HEAD
 
 
 def from_headers(source: str) -> Headers | None:
@@ -120,14 +123,17 @@ def described(config: Mapping[str, Any], family: Family, stored: Mapping[str, tu
         of_each = layer_kinds(config, family, TENSORS[kind], words)
     except KeyError:  # a size that the config does not say
         return None
-    wanted = end_shapes(words, tied=bool(config.get("tie_word_embeddings", kind in TIED)))
+    tied = bool(config.get("tie_word_embeddings", kind in TIED))
+    wanted = end_shapes(words, tied=tied)
     for index, layer in enumerate(of_each):
         names = Layer(index, f"model.layers.{index}", nn.Module(), family.renamed)
         wanted |= {names.full_name(name): shape for name, shape in layer.shapes.items()}
     if wanted != stored:
         return None
     head = nn.Linear(words["d"], words["words"], bias=False, device="meta")
-    model = SimpleNamespace(config=SimpleNamespace(**config), get_output_embeddings=lambda: head)
+    model = SimpleNamespace(
+        config=SimpleNamespace(**config | {"tie_word_embeddings": tied}), get_output_embeddings=lambda: head
+    )
     return Headers(of_each, family, model, sum(map(math.prod, wanted.values())))
 
 

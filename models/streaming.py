@@ -1,7 +1,7 @@
 """A model of which one layer is in memory at a time, read from safetensors files while the one before is worked on."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -37,14 +37,22 @@ class StreamingAdapter(ModelAdapter):
             fill_buffers(self.model, module, self.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        self._load(name for name in self.ends_names() if not name.startswith("lm_head."))
+        self._load(but={f"{self._head_name}.weight"})
         return super().embed(tokens)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        embedding = self.model.get_input_embeddings()
-        unused = set() if self.config.tie_word_embeddings else {f"{self._name_of(embedding)}.weight"}
-        self._load(name for name in self.ends_names() if name not in unused)
-        return super().logits(hidden)
+    def logits(self, hidden: Tensor, head: Layer | None = None) -> Tensor:
+        self._load(but=set() if self.config.tie_word_embeddings else {self._embedding_name()})
+        return super().logits(hidden, head)
+
+    def _after_layers(self, hidden: Tensor) -> Tensor:
+        self._load(but={self._embedding_name(), f"{self._head_name}.weight"})
+        return super()._after_layers(hidden)
+
+    def untie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self._unload()
+            self._read = renaming(self._read, f"{self._head_name}.weight", self._embedding_name())
+        super().untie()
 
     def skeleton(self) -> Iterator[Layer]:
         yield from super().layers()
@@ -58,7 +66,7 @@ class StreamingAdapter(ModelAdapter):
                     tensors = (following or self._begin(reader, index)).result()
                     following = self._begin(reader, waiting[position + 1]) if position + 1 < len(waiting) else None
                     self._unload()
-                    layer = self._layer(index, copy.deepcopy(self._body.layers[index]))
+                    layer = self._layer(index, copy.deepcopy(self._module(index)))
                     fill(layer.module, self._names_of(index), self._to_device(tensors))
                     del tensors
                 yield layer
@@ -79,7 +87,7 @@ class StreamingAdapter(ModelAdapter):
 
     def _names_of(self, index: int) -> dict[str, str]:
         """Of the layer's tensors, by their names in the checkpoint, those in the layer."""
-        layer = self._layer(index, self._body.layers[index])
+        layer = self._layer(index, self._module(index))
         return {layer.full_name(name): name for name in layer.module.state_dict()}
 
     def checkpoint_names(self) -> dict[str, str]:
@@ -97,9 +105,9 @@ class StreamingAdapter(ModelAdapter):
     def _to_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device, self.dtype, non_blocking=True) for name, tensor in tensors.items()}
 
-    def _load(self, names: Iterable[str]) -> None:
-        """Puts tensors outside of the layers into the skeleton."""
-        missing = [name for name in names if name not in self._loaded]
+    def _load(self, *, but: Collection[str]) -> None:
+        """Puts the tensors outside of the layers into the skeleton, all `but` these."""
+        missing = [name for name in self.ends_names() if name not in but and name not in self._loaded]
         if missing:
             with phase("load"), may_wait():
                 fill(self.model, {name: name for name in missing}, self._to_device(self._read(missing)))
@@ -117,11 +125,24 @@ class StreamingAdapter(ModelAdapter):
         if self.config.tie_word_embeddings:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight  # type: ignore[union-attr]
 
-    def _name_of(self, module: nn.Module) -> str:
-        return next(name for name, other in self.model.named_modules() if other is module)
+    def _embedding_name(self) -> str:
+        embedding = self.model.get_input_embeddings()
+        return next(f"{name}.weight" for name, module in self.model.named_modules() if module is embedding)
 
     def _buffers_on(self) -> torch.device:
         return self.device
+
+
+def renaming(read: Read, name: str, stored: str) -> Read:
+    """Gives the tensor that is `stored` by that name under `name` too."""
+
+    def renamed(names: Sequence[str]) -> Mapping[str, Tensor]:
+        found = dict(read([stored if one == name else one for one in names if one != name or stored not in names]))
+        if name in names:
+            found[name] = found[stored] if stored in names else found.pop(stored)
+        return found
+
+    return renamed
 
 
 def fill(module: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:

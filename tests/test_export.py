@@ -179,7 +179,7 @@ def test_w4a4_fp8_and_bfloat16_in_one_checkpoint_read_back_bit_for_bit(tmp_path)
         ("re:.*q_proj", "q_proj is to be int4 by gptq with local and model.layers.0.self_attn.k_proj nvfp4 by gptq with local"),
         ("re:.*gate_proj", "serving engines fuse mlp.gate_proj, mlp.up_proj and need one scheme for all: give them one recipe"),
         ("re:.*nothing", "rule 're:.*nothing' matches no linear"),
-        ("lm_head", "rule 'lm_head' is for lm_head, which is never quantized"),
+        ("re:lm_h", "rule 're:lm_h' is for lm_head alone, which only a rule with its name in it is for"),
     ],
 )
 def test_rules_that_split_what_engines_fuse_are_refused(pattern, message):

@@ -17,8 +17,10 @@ from .tiny import save_tiny, tiny_model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_replaying_the_layers_gives_the_models_logits(family, dtype):
-    model, tokens = tiny_model(family, dtype), torch.randint(0, 64, (3, 50))
+    model, tokens, seen = tiny_model(family, dtype), torch.randint(0, 64, (3, 50)), []
+    note = model.get_output_embeddings().register_forward_hook(lambda _head, _x, y: seen.append(y))
     expected = model(tokens).logits
+    note.remove()
     adapter = ModelAdapter(model)
     hidden = adapter.embed(tokens)
     names = []
@@ -29,6 +31,7 @@ def test_replaying_the_layers_gives_the_models_logits(family, dtype):
             assert len({layer.linear(name).in_features for name in group}) == 1
     assert names == ["model.layers.0", "model.layers.1"]
     assert torch.equal(adapter.logits(hidden), expected)
+    assert torch.equal(adapter.forward(adapter.head(), hidden), seen[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -59,7 +59,8 @@ def token_importance(
     watcher: Watcher | None = None,
     progress: Callable[[str], object] = lambda layer: None,
 ) -> TokenImportance:
-    """For the first linear of each group, by full name: one tensor (n, length) float32 per batch, not normalised.
+    """For the first linear of each group, by full name, and for the head: one tensor (n, length) float32 per batch, not
+    normalised.
 
     The loss is the sum of next-token negative log likelihoods: of the text itself, or with `seed` of labels sampled from the
     model's own predictions, which makes the weights the Fisher information of its outputs.  `first`: the number of the first
@@ -125,7 +126,8 @@ def descend(
         for group in adapter.plan(layer).groups
         for name in group
     }
-    for _, first_name in names.values():
+    head = adapter.head().name
+    for first_name in [first_name for _, first_name in names.values()] + ([head] if tokens is not None else []):
         weights[first_name] = torch.zeros(hidden.data.shape[:2], device=hidden.device)
     G = {} if curvature is None else {linear: square(linear.out_features, hidden.device) for linear in names}  # type: ignore[arg-type]
 
@@ -157,7 +159,7 @@ def descend(
             if tokens is None:
                 gradient = hidden.load(rows)
             else:
-                gradient = loss_gradient(adapter, y.detach(), tokens[rows], seed, first + rows.start)
+                gradient, weights[head][rows] = loss_gradient(adapter, y.detach(), tokens[rows], seed, first + rows.start)
             (gradient,) = torch.autograd.grad(y, x, gradient)
         if curvature is not None:  # only now: a batch that runs out of memory comes again
             for linear, _, g in gradients:
@@ -206,12 +208,13 @@ def square(size: int, device: torch.device) -> Tensor:
     return torch.zeros(size, size, device=device)
 
 
-def loss_gradient(adapter: Adapter, hidden: Tensor, tokens: Tensor, seed: int | None, first: int) -> Tensor:
-    """∂L/∂hidden of the last layer's output (n, length, d), a sequence and some positions at a time.  `first`: as above.
+def loss_gradient(adapter: Adapter, hidden: Tensor, tokens: Tensor, seed: int | None, first: int) -> tuple[Tensor, Tensor]:
+    """∂L/∂hidden of the last layer's output (n, length, d), a sequence and some positions at a time, and the squared gradient at
+    the logits (n, length) float32.  `first`: as above.
 
     The gradient at the logits is softmax - label.  Labels are drawn by exponential races: the smallest E_v / p_v, E_v ~ Exp(1).
     """
-    result = torch.zeros_like(hidden)
+    result, squares = torch.zeros_like(hidden), torch.zeros(hidden.shape[:2], device=hidden.device)
     for n in range(len(tokens)):
         generator = None if seed is None else torch.Generator(hidden.device).manual_seed(seed * 1_000_003 + first + n)
         for start in range(0, tokens.shape[1] - 1, POSITIONS_AT_ONCE):
@@ -225,5 +228,6 @@ def loss_gradient(adapter: Adapter, hidden: Tensor, tokens: Tensor, seed: int | 
                 labels = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
             positions = torch.arange(labels.numel(), device=p.device)
             p.flatten(0, -2).index_put_((positions, labels.flatten()), -torch.ones((), device=p.device), accumulate=True)
+            squares[n, start:stop] = p[0].square().sum(-1)
             result[n, start:stop] = torch.autograd.grad(logits, x, p.to(logits.dtype))[0][0]
-    return result
+    return result, squares

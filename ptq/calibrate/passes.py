@@ -120,7 +120,8 @@ class Passes:
     def _begin_theirs(self, rows: slice) -> LayerPass:
         original = self.stream.original
         assert original
-        return LayerPass(self.adapter, original.layer, self.plan, original.hidden.load(rows), frozen=True)
+        frozen = not self.plan.last  # of which no output is wanted
+        return LayerPass(self.adapter, original.layer, self.plan, original.hidden.load(rows), frozen=frozen)
 
 
 def close(passes: list[LayerPass]) -> None:

@@ -22,23 +22,23 @@ class Validation:
     def measure(self, original: Layer, layer: Layer, plan: LayerPlan) -> dict[str, float]:
         """Runs the original's layer and the quantized one.  By name inside it, ‖ŷ - y‖ / ‖y‖ of each linear's outputs, y
         being the original's: what its own rounding and all that was quantized before it do together."""
-        names = [name for group in plan.groups for name in group]
+        names, store = [name for group in plan.groups for name in group], not plan.last
         norms: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
         def work(rows: slice) -> None:
-            outputs = self._run(layer, names, self._quantized, rows)
+            outputs = self._run(layer, names, self._quantized, rows, store=store)
             self._adapter.watch(original, self._adapter.routing(layer) or None)  # experts answer to the same tokens
-            whole = self._run(original, names, self._original, rows)
+            whole = self._run(original, names, self._original, rows, store=store)
             for name, y in outputs.items():
                 norms[name].append(((y - whole[name]).float().norm(), whole[name].float().norm()))
 
-        each_batch(self._original, "report", work)
+        each_batch(self._original, "report", work, divisor=self._original.batch if plan.last else 1)
         self._adapter.watch(original, None)
         found = {name: torch.tensor(pairs, device=self._original.device).norm(dim=0) for name, pairs in norms.items() if pairs}
         ratios = torch.stack([lost / whole for lost, whole in found.values()])
         return dict(zip(found, ratios.tolist(), strict=True))
 
-    def _run(self, layer: Layer, names: list[str], states: Activations, rows: slice) -> dict[str, Tensor]:
+    def _run(self, layer: Layer, names: list[str], states: Activations, rows: slice, *, store: bool) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
         linears = {layer.module.get_submodule(name): name for name in names}
 
@@ -46,5 +46,7 @@ class Validation:
             outputs[linears[linear]] = y
 
         with observe_outputs(linears, observe):
-            states.store(rows, self._adapter.forward(layer, states.load(rows)))
+            output = self._adapter.forward(layer, states.load(rows))
+        if store:
+            states.store(rows, output)
         return outputs

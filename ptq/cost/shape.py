@@ -6,6 +6,7 @@ One operation is a multiplication or an addition.  T: calibration tokens; a matr
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 from ptq.calibrate.importance import SEGMENT
 from ptq.models.families import head_dim
@@ -18,7 +19,7 @@ class GroupShape:
     """One group of linears (ptq.runtime.adapter): `rows`, output features of each; `stream`: width of what drift sums for it.
 
     `matrices`: (d_out, d_in) of each matrix to solve.  `ran`: weights that a token has met in the layer when this input is
-    there.  `share`: of the tokens that it sees.
+    there.  `share`: of the tokens that it sees.  `curved`: G of its linears is wanted where there is row feedback.
     """
 
     d_in: int
@@ -27,6 +28,7 @@ class GroupShape:
     matrices: tuple[tuple[int, int], ...]
     ran: float
     share: float = 1.0
+    curved: bool = True
 
     @property
     def weights(self) -> int:
@@ -63,7 +65,8 @@ class LayerShape:
 
     @property
     def linears(self) -> list[tuple[int, int]]:
-        return [(d_out, group.d_in) for group in self.groups for d_out in group.rows]
+        """Those that errors may be fed forward over rows of."""
+        return [(d_out, group.d_in) for group in self.groups if group.curved for d_out in group.rows]
 
     @property
     def curvature(self) -> int:
@@ -116,14 +119,17 @@ def layer_shape(layer: Layer, plan: LayerPlan, passes: tuple[Pass, ...]) -> Laye
         writes = len(names) == 1 and names[0] in plan.residual
         ran = sum(group.weights * group.share for group in groups)
         share = plan.share if names[0] in plan.experts else 1.0
-        groups.append(GroupShape(d_in, rows, rows[0] if writes else d_in, matrices.get(names, ()), ran, share))
+        stream = rows[0] if writes else d_in
+        groups.append(GroupShape(d_in, rows, stream, matrices.get(names, ()), ran, share, curved=not plan.last))
     number = {names: index for index, names in enumerate(plan.groups)}
     parts = tuple(tuple(number[group.names] for group in part) for part in passes)
     return LayerShape(tuple(groups), parts)
 
 
 def shape_of(plan: Plan, adapter: Skeleton, sequences: int, length: int, importance: str) -> Shape:
-    layers = zip(adapter.skeleton(), plan.layers, plan.passes, strict=True)
+    layers = zip(
+        chain(adapter.skeleton(), [adapter.head()]), plan.layers, plan.passes, strict=False
+    )  # the head, if it is planned
     shapes = Counter(layer_shape(*each) for each in layers)
     model, recipes = adapter.model, plan.recipes.values()
     head, config = model.get_output_embeddings(), model.config

@@ -36,14 +36,20 @@ def shard_name(index: int, layers: int) -> str:
     return f"model-{index + 2:05}-of-{layers + 1:05}.safetensors"
 
 
+def layers_of(adapter: Adapter, formats: Formats) -> int:
+    """How many the checkpoint has, counting the head where it is quantized."""
+    return len(adapter.names) + (adapter.head().name in formats)
+
+
 def layer_tensors(layer: Layer, quantized: Mapping[str, Quantized], layout: Layout) -> dict[str, Tensor]:
     """What the checkpoint stores of a layer, on its device: the quantized linears packed, all else in bfloat16."""
     tensors: dict[str, Tensor] = {}
     for name, weight in quantized.items():
         tensors |= layout.pack(name, weight)
     for key, tensor in layer.module.state_dict().items():
-        if layer.full_name(key.removesuffix(".weight")) not in quantized:
-            tensors[layer.full_name(key)] = stored(tensor)
+        full = layer.full_name(key)
+        if full.removesuffix(".weight") not in quantized:
+            tensors[full] = stored(tensor)
     return tensors
 
 
@@ -71,14 +77,11 @@ def restore_layer(layer: Layer, tensors: Mapping[str, Tensor], formats: Formats,
         linear.weight.data.copy_(weight.dequantize())
         if weight.input_scale is not None:
             weights[name] = replace(weight, input_scale=weight.input_scale.to(linear.weight.device))
+    others = tensors.keys() - {f"{layer.full_name(name)}.weight" for name in weights}
     for key, held in layer.module.state_dict().items():
-        kept = tensors.get(layer.full_name(key))
-        if (
-            kept is not None
-            and key.removesuffix(".weight") not in weights
-            and not torch.equal(stored(held), kept.to(held.device))
-        ):
-            held.copy_(kept)
+        full = layer.full_name(key)
+        if full in others and not torch.equal(stored(held), tensors[full].to(held.device)):
+            held.copy_(tensors[full])
     return inputs_of(weights)
 
 
@@ -102,8 +105,8 @@ def write_rest(
     """All but the layers, whose files are in the folder: tensors outside of them, config, generation config, tokenizer, and
     what the layout adds."""
     model = adapter.model
-    rest = {name: stored(tensor) for name, tensor in adapter.ends().items()}
-    save_tensors(folder / shard_name(-1, len(adapter.names)), rest)
+    rest = {name: stored(tensor) for name, tensor in adapter.ends().items() if name.removesuffix(".weight") not in formats}
+    save_tensors(folder / shard_name(-1, layers_of(adapter, formats)), rest)
     about = {"architectures": [type(model).__name__], "dtype": str(DTYPE).removeprefix("torch.")}
     files = {"config.json": model.config.to_diff_dict() | about}
     for name, content in layout.config_files(formats, ignored).items():

@@ -111,14 +111,16 @@ def unpack_input_scale(name: str, tensors: Mapping[str, Tensor]) -> Tensor | Non
 
 
 def quantization_config(formats: Mapping[str, Format], ignored: tuple[str, ...]) -> dict:
-    """The `quantization_config` of config.json: a group for each format, of all linears where there is one format only.
+    """The `quantization_config` of config.json: a group for each format, of all linears where there is one format only.  The head
+    is no linear to vLLM, and so is named.
 
     Keys inside `weights` are checked by the readers; extra ones are refused.
     """
     distinct = list(dict.fromkeys(formats.values()))
+    head = [name for name in formats if name == "lm_head"]
     groups = {}
     for number, format in enumerate(distinct):
-        named = ["Linear"] if len(distinct) == 1 else [name for name, its in formats.items() if its == format]
+        named = ["Linear", *head] if len(distinct) == 1 else [name for name, its in formats.items() if its == format]
         weights = SCHEMES[format.scheme][1] | ({"group_size": format.block} if format.block else {})
         inputs = INPUTS[format.activation] if format.activation else None
         rest = {"input_activations": inputs, "output_activations": None, "format": format.scheme}
@@ -128,6 +130,6 @@ def quantization_config(formats: Mapping[str, Format], ignored: tuple[str, ...])
         "format": distinct[0].scheme if len(distinct) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", *ignored],
+        "ignore": [*([] if head else ["lm_head"]), *ignored],
         "kv_cache_scheme": None,
     }

@@ -1,7 +1,8 @@
 """The proof that a checkpoint reads back: transformers and compressed-tensors load it, and its logits are compared."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ptq.calibrate.inputs import quantized_inputs
-from ptq.export.checkpoint import DTYPE, Formats, ReadBackError, restore_layer, shard_name
+from ptq.export.checkpoint import DTYPE, Formats, ReadBackError, layers_of, restore_layer, shard_name
 from ptq.export.layout import Layout
 from ptq.models.streaming import StreamingAdapter
-from ptq.runtime.adapter import Adapter
+from ptq.runtime.adapter import Adapter, Layer
 
 
 @torch.no_grad()
@@ -116,7 +117,18 @@ def layers_that_fit(layers: int, parameters: int, device: torch.device) -> int:
 def restored_logits(folder: Path, adapter: Adapter, tokens: Tensor, formats: Formats, layout: Layout, layers: int) -> Tensor:
     hidden = adapter.embed(tokens)
     for layer in adapter.layers(range(layers)):
-        tensors = load_file(folder / shard_name(layer.index, len(adapter.names)))
-        with quantized_inputs(layer.module, restore_layer(layer, tensors, formats, layout)):
+        with restored(folder, adapter, layer, formats, layout):
             hidden = adapter.forward(layer, hidden)
-    return adapter.logits(hidden)
+    if adapter.head().name not in formats:
+        return adapter.logits(hidden)
+    (head,) = adapter.layers([len(adapter.names)])
+    with restored(folder, adapter, head, formats, layout):
+        return adapter.logits(hidden, head)
+
+
+@contextmanager
+def restored(folder: Path, adapter: Adapter, layer: Layer, formats: Formats, layout: Layout) -> Iterator[None]:
+    """Inside the block the layer is, and runs on, what the checkpoint says."""
+    tensors = load_file(folder / shard_name(layer.index, layers_of(adapter, formats)))
+    with quantized_inputs(layer.module, restore_layer(layer, tensors, formats, layout)):
+        yield

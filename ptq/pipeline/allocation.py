@@ -19,8 +19,7 @@ def make_choices(job: Job, rules: OpenRules, output: Path | None, *, hidden: boo
     if kept is not None:
         return kept
     tokens = job.calibration[:SEQUENCES].to(job.device)
-    layers = len(job.adapter.names)
-    with bars(layers, hidden=hidden) as progress:
+    with bars({"sensitivity": len(job.adapter.names)}, hidden=hidden) as progress:
         return allocate(job.adapter, rules, tokens, job.batch, job.seed, lambda layer: progress("sensitivity", layer))
 
 

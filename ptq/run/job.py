@@ -79,7 +79,7 @@ def measure_importance(
     progress: Callable[[str, str], None],
 ) -> tuple[TokenImportance | None, Mapping[str, Tensor]]:
     """Token weights of this rank's sequences, and the curvature for row feedback; a later run finds them again."""
-    if job.importance == "none" or unfinished.finished == len(job.adapter.names):
+    if job.importance == "none" or unfinished.finished == unfinished.layers:
         return None, {}
     kept = ranks.all_gather_object(unfinished.load_importance() is not None)[0]
     if kept:

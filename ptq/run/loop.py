@@ -100,10 +100,12 @@ def quantize_layers(
     """
     check_float32()
     check_calibration(plan, calibration, sums_of)
+    if len(plan.layers) > len(adapter.names):
+        adapter.untie()
     loop = LayerLoop(adapter, plan, calibration, ranks or Ranks(), on_host, sums_of)
     first = 0 if loop.stream else finished
     try:
-        for layer in adapter.layers(range(first, len(adapter.names))):
+        for layer in adapter.layers(range(first, len(plan.layers))):
             with fused_norms(layer.module):
                 loop.begin(layer, finished=layer.index < finished)
                 if layer.index < finished:
@@ -171,9 +173,8 @@ class LayerLoop:
             if self.beside:
                 assert self.original
                 self.stream.original = Original(self.original, self.beside)
-            wave_by_wave = len(self.plan.passes[layer.index]) > 1
-            plan = self.plan.layers[layer.index]
-            self.passes = Passes(self.adapter, layer, plan, self.stream, keep_ours=wave_by_wave, keep_theirs=True)
+            plan, several = self.plan.layers[layer.index], len(self.plan.passes[layer.index]) > 1
+            self.passes = Passes(self.adapter, layer, plan, self.stream, keep_ours=several, keep_theirs=not plan.last)
 
     def restore(self, layer: Layer, restore: Restore) -> None:
         """Makes the layer what it was after it had been quantized."""
@@ -283,7 +284,7 @@ class LayerLoop:
 
     def advance(self, layer: Layer) -> None:
         """The layer's input becomes its output, in both models."""
-        if self.stream and self.passes:
+        if self.stream and self.passes and not self.plan.layers[layer.index].last:
             with phase("forward"), quantized_inputs(layer.module, self.inputs):
                 self.passes.finish()
             self.stream.original = None

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from torch import nn
 
@@ -49,7 +50,8 @@ Pass = tuple[GroupPlan, ...]
 class Plan:
     """`linears`: full name -> shape of each linear to be quantized; `recipes`: how.  `ignored`: full names of those left alone.
 
-    `layers`: of each layer, how its linears hang together; `passes`: what is done, pass by pass.
+    `layers`: of each layer, how its linears hang together, and of the head where it is one of them; `passes`: what is done, pass
+    by pass.  `untied`: weights of the head where they have been the embedding's too, and are stored besides from now on.
     """
 
     linears: dict[str, tuple[int, int]]
@@ -57,6 +59,7 @@ class Plan:
     ignored: tuple[str, ...]
     layers: tuple[LayerPlan, ...]
     passes: tuple[tuple[Pass, ...], ...]
+    untied: int = 0
 
     @property
     def weights(self) -> int:
@@ -95,7 +98,7 @@ class Plan:
     def checkpoint_bytes(self, parameters: int) -> int:
         """Size of the tensors of a checkpoint of a model with so many parameters: two bytes each but for the linears'."""
         bits = {name: d_out * d_in * self.recipes[name].format.bits_per_weight for name, (d_out, d_in) in self.linears.items()}
-        return 2 * (parameters - self.weights) + int(sum(bits.values()) / 8)
+        return 2 * (parameters + self.untied - self.weights) + int(sum(bits.values()) / 8)
 
 
 def make_plan(adapter: Skeleton, recipe: Recipe | Rules, ignore: Iterable[str] = ()) -> Plan:
@@ -117,11 +120,14 @@ def examine(adapter: Skeleton, rules: Rules) -> tuple[Plan, list[str]]:
     ignored: list[str] = []
     problems: list[str] = []
     layers, passes = [], []
-    for layer in adapter.skeleton():
+    head = adapter.head()
+    for_head = [(pattern, recipe) for pattern, recipe in rules if head.name in pattern]
+    more = [head] if recipe_of(head.name, for_head) else []
+    for layer in chain(adapter.skeleton(), more):
         layers.append(adapter.plan(layer))
         for name in (name for group in layers[-1].groups for name in group):
             full = layer.full_name(name)
-            recipe = recipe_of(full, rules)
+            recipe = recipe_of(full, for_head if layer in more else rules)
             if recipe is None:
                 ignored.append(full)
             else:
@@ -134,15 +140,21 @@ def examine(adapter: Skeleton, rules: Rules) -> tuple[Plan, list[str]]:
     for pattern, recipe in rules:
         if any(matches(name, pattern) for name in [*ignored, *linears]):
             continue
-        if not matches("lm_head", pattern):
+        if not matches(head.name, pattern):
             what = "--ignore" if recipe is None else "rule"
             problems.append(f"{what} {pattern!r} matches no linear; names look like {next(iter(linears), '(none)')}")
-        elif recipe is not None:
-            problems.append(f"rule {pattern!r} is for lm_head, which is never quantized; leave the rule out")
+        elif recipe is not None and (pattern, recipe) not in for_head:
+            problems.append(
+                f"rule {pattern!r} is for {head.name} alone, which only a rule with its name in it is for: write it"
+            )
+    if head.name in recipes and recipes[head.name].row_feedback:
+        problems.append(f"{head.name} has too many rows to feed errors forward over them; give its rule row_feedback: false")
     problems += block_problems(linears, recipes)
     if not linears:
         problems.append("--ignore leaves nothing to quantize")
-    return Plan(linears, recipes, tuple(ignored), tuple(layers), tuple(passes)), problems
+    shared = bool(more) and adapter.model.config.tie_word_embeddings
+    untied = head.linear("").weight.numel() if shared else 0
+    return Plan(linears, recipes, tuple(ignored), tuple(layers), tuple(passes), untied), problems
 
 
 def passes_of(layer: Layer, plan: LayerPlan, recipes: Mapping[str, Recipe]) -> tuple[Pass, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ptq.core.formats import Format
 from ptq.run.plan import named_format
 from ptq.run.recipe import Choice, OpenRules, Recipe, settled
 from ptq.run.recipe_file import choice_of, read_recipe
@@ -11,7 +12,8 @@ from ptq.run.settings import base_recipe
 from ptq.settings import Settings
 
 GivenRules = Sequence[tuple[str, Recipe | Choice | str | None]]
-"""(pattern, recipe) as ptq.run.recipe.OpenRules; a format's name stands for the settings' recipe in that format."""
+"""(pattern, recipe) as ptq.run.recipe.OpenRules; a format's name stands for the settings' recipe in that format, for the head
+without row feedback."""
 
 
 def file_rules(settings: Settings) -> OpenRules:
@@ -25,9 +27,15 @@ def all_rules(settings: Settings, of_file: OpenRules, rules: GivenRules) -> Open
     whole = base if settings.target_bits is None else choice_of(base, settings.target_bits)
     if settings.token_importance == "none" and any(recipe and recipe.row_feedback for _, recipe in settled(of_file)):
         raise ValueError("a rule has row feedback, which needs --token-importance text or sampled")
-    of_format = {name: named_format(name, settings.block) for _, name in rules if isinstance(name, str)}
-    named = [(pattern, replace(base, format=of_format[how]) if isinstance(how, str) else how) for pattern, how in rules]
+    formats = {name: named_format(name, settings.block) for _, name in rules if isinstance(name, str)}
+    named = [(pattern, in_format(base, formats[how], pattern) if isinstance(how, str) else how) for pattern, how in rules]
     return [*(of_file or [("re:.*", whole)]), *named, *((pattern, None) for pattern in settings.ignore)]
+
+
+def in_format(base: Recipe, format: Format, pattern: str) -> Recipe:
+    """The recipe in another format, as far as that goes: with one scale a row there is no rule of blocks."""
+    rule = base.rule if format.block else "mse"
+    return replace(base, format=format, rule=rule, row_feedback=base.row_feedback and pattern != "lm_head")
 
 
 def described(rules: GivenRules) -> list[str]:

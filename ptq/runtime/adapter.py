@@ -15,6 +15,7 @@ Group = tuple[str, ...]
 class Layer:
     """One decoder layer: its number, its full name, and the module, whose tensors may be on the meta device.
 
+    Or the output head, which comes after them: its module is a linear itself, and so the one named "" inside it.
     `renamed`: (in the model, in checkpoints) parts of names that differ.
     """
 
@@ -25,7 +26,7 @@ class Layer:
 
     def full_name(self, name: str) -> str:
         """What checkpoints and serving engines call that which is called `name` inside the layer."""
-        full = f"{self.name}.{name}"
+        full = f"{self.name}.{name}" if name else self.name
         for ours, theirs in self.renamed:
             full = full.replace(ours, theirs)
         return full
@@ -59,6 +60,7 @@ class LayerPlan:
     `residual`: linears whose output is added to the residual stream, and the factor it is multiplied by first.
     `output`: the one of them whose sum is the layer's output, if any.  `keep`: modules that stay in high precision.
     `experts`: linears that see only the tokens routed to them, about `share` of all.  `scalings`: where channels may be scaled.
+    `last`: no layer reads the output, which is as wide as the vocabulary.
     """
 
     waves: tuple[tuple[Group, ...], ...]
@@ -69,6 +71,7 @@ class LayerPlan:
     experts: frozenset[str] = frozenset()
     share: float = 1.0
     scalings: tuple[Scaling, ...] = ()
+    last: bool = False
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -100,6 +103,10 @@ class Skeleton(Protocol):
         """The layers, whose tensors may be on the meta device."""
         ...
 
+    def head(self) -> Layer:
+        """The output head as one more layer, whose tensors may be on the meta device."""
+        ...
+
     def plan(self, layer: Layer) -> LayerPlan:
         """How the layer's linears hang together."""
         ...
@@ -116,14 +123,14 @@ class Adapter(Skeleton, Protocol):
         ...
 
     def layers(self, order: Sequence[int] | None = None) -> Iterator[Layer]:
-        """The layers numbered by `order`, all of them first to last without.
+        """The layers numbered by `order`, the head being number len(names); without, all layers first to last, and no head.
 
         Raises ValueError that names a weight that is not finite.
         """
         ...
 
     def forward(self, layer: Layer, hidden: Tensor) -> Tensor:
-        """The layer's output (n, length, d) for input `hidden`."""
+        """The layer's output (n, length, d) for input `hidden`; of the head, (n, length, vocabulary), with nothing after it."""
         ...
 
     def watch(self, layer: Layer, tokens: Mapping[int, Tensor] | None) -> None:
@@ -135,8 +142,12 @@ class Adapter(Skeleton, Protocol):
         """Of the layer's last batch, the tokens routed to each expert; empty where it has none."""
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The last layer's output (n, length, d) -> logits (n, length, vocabulary)."""
+    def logits(self, hidden: Tensor, head: Layer | None = None) -> Tensor:
+        """The last layer's output (n, length, d) -> logits (n, length, vocabulary), by `head` in the place of the model's own."""
+        ...
+
+    def untie(self) -> None:
+        """Gives the head a weight of its own where it has the embedding's; the config says so from then on."""
         ...
 
     def ends(self) -> dict[str, Tensor]:
