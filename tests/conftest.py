@@ -19,6 +19,7 @@ settings.register_profile("long", settings.get_profile("suite"), max_examples=20
 settings.load_profile("suite")
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of processes that tests start
 SHARED = ROOT.parent / "shared" / "data"
 SMOLLM2 = ROOT / "build" / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -15,7 +15,7 @@ from ptq.run.loop import quantize_model
 from ptq.run.recipe import Recipe
 from ptq.runtime.checks import check_float32
 
-from .conftest import ROOT
+from .conftest import PYTHONPATH
 from .tiny import tiny_model
 
 
@@ -60,6 +60,6 @@ def test_float32_products_of_less_than_float32_are_refused(highest, change: Call
 
 def test_the_variable_that_containers_set_is_refused():
     code = "from ptq.runtime.checks import check_float32; check_float32()"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode and "unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE" in done.stderr

@@ -19,14 +19,14 @@ from ptq.export.checkpoint import shard_name
 from ptq.runtime.distributed import Ranks, assign, init_process_group, shard_rows
 from ptq.runtime.heartbeat import heartbeat, may_wait, meeting
 
-from .conftest import ROOT
+from .conftest import PYTHONPATH, ROOT
 from .processes import process_of_rank
 from .test_script import main  # noqa: F401  # a fixture
 from .tiny import TEXT, save_tiny
 
 # --standalone: on a free port, as several of them may run at once.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from .conftest import ROOT, SMOLLM2
+from .conftest import PYTHONPATH, ROOT, SMOLLM2
 from .tiny import TEXT, save_tiny
 
 SCRIPT = ROOT / "scripts" / "quantize_llama.py"
@@ -114,7 +114,7 @@ def test_the_same_command_gives_the_same_bytes(main, job):
     And as a program, --help is whole, and a run that is piped draws no bars."""
     *_, output, arguments = job
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
     given = [word.replace(str(output), f"{output}2") for word in arguments]
     command = [sys.executable, "-c", TWICE, str(SCRIPT), *given, "--effort", "best"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)

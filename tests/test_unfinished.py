@@ -25,7 +25,7 @@ from ptq.run.recipe import Recipe
 from ptq.run.resume import Unfinished, differences, fingerprint, unfinished_folder
 from ptq.runtime.distributed import Ranks
 
-from .conftest import ROOT
+from .conftest import PYTHONPATH, ROOT
 from .test_script import main  # noqa: F401  # a fixture
 from .tiny import TEXT, save_tiny
 
@@ -110,7 +110,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path, job):
     """Three kills here; CONTRIBUTING.md has the command for more."""
     quick = ["--rule", "mse", "--device", "cpu"]  # the rule whose search takes least
     command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), "3", "0", str(tmp_path), *job, *quick]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": PYTHONPATH})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["kills"] == 3
 
