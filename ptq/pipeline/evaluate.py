@@ -25,7 +25,7 @@ from ptq.runtime.memory import host_memory
 from ptq.settings import Evaluation
 
 
-@host_memory()
+@host_memory("give a shorter --length, --dtype bfloat16 or --batch-size 1; --reuse takes the models that were done")
 def run(args: Evaluation) -> list[dict]:
     """The whole job: one result a model, each written as soon as it is there."""
     for source in args.models:

@@ -34,7 +34,7 @@ from ptq.runtime.memory import host_memory
 from ptq.settings import OF_THE_MACHINE, OF_THE_TEXT, PLACES, Settings
 
 
-@host_memory()
+@host_memory("give --batch 1, fewer --sequences or a shorter --length; finished layers are kept for --resume")
 def run(
     model: str | Path | PreTrainedModel,
     settings: Settings,

@@ -27,9 +27,9 @@ def free_share(device: torch.device) -> float:
 
 
 @contextmanager
-def host_memory() -> Iterator[None]:
-    """Raises MemoryError, in one line with what to set, where the block asks the host for more memory than it gives; torch raises a
-    RuntimeError of no class of its own."""
+def host_memory(remedy: str) -> Iterator[None]:
+    """Raises MemoryError, in one line that ends with the `remedy`, where the block asks the host for more memory than it gives;
+    torch raises a RuntimeError of no class of its own."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -37,7 +37,4 @@ def host_memory() -> Iterator[None]:
             raise
         size = re.search(r"allocate (\d+) bytes", str(error))
         tensor = f" for a tensor of {int(size[1]) / 1e9:.2f} GB" if size else ""
-        raise MemoryError(
-            f"the host has no memory left{tensor}; give --batch 1, fewer --sequences or a shorter --length, or take a machine "
-            "with more; finished layers are kept for --resume"
-        ) from error
+        raise MemoryError(f"the host has no memory left{tensor}; take a machine with more, or {remedy}") from error
