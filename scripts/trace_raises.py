@@ -86,12 +86,16 @@ def main() -> int:
         start = f"import runpy\nrunpy.run_path({__file__!r})['install']({str(log)!r})\n"
         (Path(folder) / "sitecustomize.py").write_text(start)
         path = os.pathsep.join(filter(None, [folder, str(ROOT), os.environ.get("PYTHONPATH")]))
-        code = subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=os.environ | {"PYTHONPATH": path}).returncode
+        code = subprocess.run(
+            [sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=os.environ | {"PYTHONPATH": path}
+        ).returncode
         reached = set(log.read_text().splitlines()) if log.exists() else set()
     files = sorted(path for part in FOLDERS for path in (ROOT / part).rglob("*.py"))
     lines = {place: path for path in files for place in marked(path)[1]}
+
     def line(place):
         return lines[place].read_text().splitlines()[int(place.rpartition(":")[2]) - 1].strip()
+
     excluded = {p for p in lines if "untested:" in line(p)}
     missing = [place for place in lines if place not in reached | excluded]
     for place in missing:

@@ -139,3 +139,11 @@ def test_the_expert_whose_hessian_is_bad_is_named_alone():
     assert str(caught.value).startswith(
         "model.layers.0.mlp.experts.2.gate_proj, model.layers.0.mlp.experts.2.up_proj: H + damp"
     )
+
+
+def test_the_expert_whose_activations_overflow_is_named_alone():
+    """Its weights are finite, and what it gives its last linear squares to infinity."""
+    model = tiny_model("qwen3_moe")
+    model.model.layers[0].mlp.experts.gate_up_proj.data[2] *= 1e14
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp\.experts\.2\.down_proj: non-finite activations in \d+ input"):
+        next(quantize_model(ModelAdapter(model), Recipe(rule="absmax"), Calibration(tokens(4).split(2))))

@@ -104,6 +104,14 @@ PLANTED = [
     ("nvfp4", f"{DOWN}.weight_scale", lambda t: None, ERROR, DOWN, "it has no weight_scale"),
     ("int4", f"{DOWN}.weight_shape", lambda t: None, ERROR, DOWN, "it has no weight_shape"),
     ("nvfp4", f"{DOWN}.weight_packed", lambda t: None, ERROR, f"{DOWN}.weight_scale", "weight_packed is not"),
+    (
+        "int4",
+        f"{DOWN}.weight_scale",
+        lambda t: t.to(torch.float8_e4m3fn),
+        ERROR,
+        DOWN,
+        "codes in I32 and scales in F8_E4M3, which",
+    ),
     ("gptq", f"{DOWN}.qzeros", lambda t: None, ERROR, DOWN, "it has no qzeros"),
     ("mxfp4", f"{DOWN}.weight_scale", lambda t: t.view(torch.float8_e8m0fnu), ERROR, DOWN, "stored as F8_E8M0"),
 ]

@@ -103,6 +103,8 @@ def test_the_plan_lists_everything_that_will_not_work(main, tmp_path, capsys, mo
     assert "--ignore 'nothing' matches no linear" in printed
     assert "128 calibration tokens are fewer than the 172 input columns" in printed
     assert len(re.findall("^problem: ", printed, flags=re.M)) == 5
+    assert main([*arguments[:-3], "--ignore", "re:.*"]) == 1
+    assert "--ignore leaves nothing to quantize" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tied", [True, False])

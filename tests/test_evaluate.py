@@ -98,6 +98,9 @@ def test_results_survive_an_interruption_and_are_reused_on_request_only(script, 
     assert script.main(arguments) == 130
     assert result(folder, "first")["tasks"] and not (folder / "out" / "run.other.json").exists()
     assert script.main(arguments) == 1 and "is there already; --reuse takes it" in capsys.readouterr().err
+    elsewhere = ["--output", str(folder / "text.txt" / "run")]
+    assert script.main([*arguments, *elsewhere]) == 1
+    assert f"cannot be made: {folder / 'text.txt'} is not a folder one may write to" in capsys.readouterr().err
     assert script.main([*arguments, "--reuse"]) == 0 and len(calls) == 3
     assert result(folder, "other")["text"]["kl"] > 0
     assert script.main([*arguments, "--reuse"]) == 0 and len(calls) == 3

@@ -120,7 +120,9 @@ def test_no_memory_to_solve_a_group_names_it(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", full)
-    said = r"phase 'solve' of model\.layers\.0\.self_attn\.q_proj.*, for matrices of 64²; set --hidden-states host.*2\.00 GiB\.\)$"
+    said = (
+        r"phase 'solve' of model\.layers\.0\.self_attn\.q_proj.*, for matrices of 64²; set --hidden-states host.*2\.00 GiB\.\)$"
+    )
     with pytest.raises(torch.OutOfMemoryError, match=said):
         next(quantize_model(ModelAdapter(tiny_model()), Recipe(), Calibration([TOKENS])))
 
