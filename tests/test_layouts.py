@@ -263,7 +263,7 @@ def test_an_input_scale_whose_reciprocal_does_not_come_back_is_refused(tmp_path)
     source = exported(tmp_path / "source", NVFP4)
     quantize_inputs(source)
     change(source, "model.layers.0.mlp.up_proj.input_global_scale", lambda scale: torch.full_like(scale, 7))
-    with pytest.raises(ValueError, match="up_proj.input_global_scale is 7, whose reciprocal does not come back in float32"):
+    with pytest.raises(ValueError, match=r"up_proj\.input_global_scale is 7, whose reciprocal does not come back in float32"):
         convert(source, tmp_path / "modelopt", "modelopt")
 
 
