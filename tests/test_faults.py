@@ -17,15 +17,17 @@ from torch.distributed import TCPStore
 import ptq.pipeline.finish
 from ptq.cli import main
 from ptq.export.compressed_tensors import CompressedTensors
+from ptq.export.index import header
 from ptq.models.adapter import ModelAdapter
 from ptq.models.identity import digest
 from ptq.models.location import fetch
 from ptq.models.shards import Shards, shard_paths
+from ptq.run.fingerprint import installed
 from ptq.run.job import Job, do_layers
 from ptq.run.loop import Calibration, quantize_model
 from ptq.run.plan import make_plan
 from ptq.run.recipe import Recipe
-from ptq.run.resume import Unfinished, installed, lock, unfinished_folder
+from ptq.run.resume import Unfinished, lock, unfinished_folder
 from ptq.runtime.distributed import Ranks, exchange
 from ptq.runtime.heartbeat import beat_and_listen
 
@@ -36,11 +38,12 @@ TOKENS = torch.arange(64).view(4, 16)
 
 @pytest.fixture
 def quantize(tmp_path):
-    """quantize() is the exit code of the command, which rounds a tiny model to nearest."""
+    """quantize(…) is the exit code of the command, which rounds a tiny model to nearest."""
     save_tiny(tmp_path / "model")
     (tmp_path / "text").write_text(TEXT)
     options = f"--calibration {tmp_path}/text --sequences 2 --length 16 --method rtn --rule absmax --device cpu"
-    return lambda: main(["quantize", str(tmp_path / "model"), *options.split(), "--output", str(tmp_path / "out")])
+    arguments = ["quantize", str(tmp_path / "model"), *options.split(), "--output", str(tmp_path / "out")]
+    return lambda *more: main([*arguments, *more])
 
 
 @pytest.mark.parametrize("number, by", [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
@@ -56,6 +59,45 @@ def test_a_signal_ends_a_run_in_one_line(quantize, tmp_path, monkeypatch, capsys
     assert quantize() == 128 + number and signal.getsignal(number) is before
     said = f"stopped by {by}; {tmp_path}/out.unfinished keeps what is done, and the same command with --resume goes on\n"
     assert capsys.readouterr().err.endswith(said) and not (tmp_path / "out").exists()
+
+
+def turn_a_bit(folder: Path) -> None:
+    """Of a code in the first layer's down projection."""
+    path, name = min(folder.glob("model-*.safetensors")), "model.layers.0.mlp.down_proj.weight_packed"
+    data = bytearray(path.read_bytes())
+    data[8 + int.from_bytes(data[:8], "little") + header(path)[name]["data_offsets"][0]] ^= 4
+    path.write_bytes(data)
+
+
+CHANGED = "checkpoint: model.layers.0.mlp.down_proj.weight_packed is not what was stored (1 such tensors); the disk or another"
+
+
+def test_a_layer_that_a_disk_changes_later_is_no_result(quantize, tmp_path, monkeypatch, capsys):
+    write = Unfinished.write_layer
+
+    def turned(self, done, *arguments) -> None:
+        write(self, done, *arguments)
+        if done.layer.index == 1:
+            turn_a_bit(self.checkpoint)
+
+    monkeypatch.setattr(Unfinished, "write_layer", turned)
+    assert quantize() == 1 and not (tmp_path / "out").exists()
+    assert CHANGED in capsys.readouterr().err
+
+
+def test_a_layer_that_a_disk_changes_before_it_is_gone_on_with(quantize, tmp_path, monkeypatch, capsys):
+    def full(self, done, *arguments) -> None:
+        if done.layer.index == 1:
+            raise OSError(28, "No space left on device")
+        write(self, done, *arguments)
+
+    write = Unfinished.write_layer
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "write_layer", full)
+        assert quantize("--method", "gptq") == 1
+    turn_a_bit(tmp_path / "out.unfinished" / "checkpoint")
+    assert quantize("--method", "gptq", "--resume") == 1
+    assert CHANGED in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_transformers_reads_as_another_model(quantize, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ptq.models import identity, loading, location
 from ptq.models.identity import RAW_PIECE, RAW_PIECES, ModelFiles, digest, pieces, spans
-from ptq.run.resume import code_version, fingerprint
+from ptq.run.fingerprint import code_version, fingerprint
 
 from .test_script import main  # noqa: F401  # a fixture
 from .tiny import save_tiny

@@ -19,10 +19,11 @@ from ptq.models.families import FAMILIES
 from ptq.models.loading import load_model, open_model
 from ptq.models.shards import read_header
 from ptq.run import resume
+from ptq.run.fingerprint import differences, fingerprint
 from ptq.run.job import Job, do_layers
 from ptq.run.plan import make_plan
 from ptq.run.recipe import Recipe
-from ptq.run.resume import Unfinished, differences, fingerprint, unfinished_folder
+from ptq.run.resume import Unfinished, unfinished_folder
 from ptq.runtime.distributed import Ranks
 
 from .conftest import PYTHONPATH, ROOT

@@ -23,10 +23,11 @@ from ptq.pipeline.finish import finish
 from ptq.pipeline.progress import bars
 from ptq.pipeline.source import Source, open_source
 from ptq.run.allocate import Allocation
+from ptq.run.fingerprint import fingerprint
 from ptq.run.job import Job, do_layers
 from ptq.run.plan import Plan, make_plan
 from ptq.run.recipe import OpenRules, open_choices, settled
-from ptq.run.resume import Unfinished, fingerprint, is_complete, unfinished_folder
+from ptq.run.resume import Unfinished, is_complete, unfinished_folder
 from ptq.run.rules import GivenRules, all_rules, described, file_rules
 from ptq.run.settings import base_recipe
 from ptq.runtime.distributed import init_process_group, local_device
@@ -82,6 +83,7 @@ def run(
             report |= {"bytes": size, "seconds": time.perf_counter() - begin}
             save_text(unfinished.checkpoint / "report.json", json.dumps(report, indent=1) + "\n")
             write_manifest(unfinished.checkpoint)
+            unfinished.check()
             save_text(unfinished.checkpoint / "README.md", model_card(report, job.plan))
         unfinished.finish()
         return report
@@ -89,7 +91,7 @@ def run(
 
 @dataclass(frozen=True)
 class Work:
-    """A run that can begin.  `settings`: complete.  `about`: what its bytes depend on (ptq.run.resume).  `allocation`: where
+    """A run that can begin.  `settings`: complete.  `about`: what its bytes depend on (ptq.run.fingerprint).  `allocation`: where
     there was a choice of formats."""
 
     source: Source

@@ -15,19 +15,19 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import ptq
 from ptq.calibrate.importance import TokenImportance, to_keep
 from ptq.calibrate.inputs import Inputs
 from ptq.export.checkpoint import Formats, check_layer, layer_tensors, restore_layer, shard_name
 from ptq.export.files import save_tensors, save_text, sync
 from ptq.export.layout import Layout
+from ptq.export.manifest import read_manifest
+from ptq.run.fingerprint import differences
 from ptq.run.loop import LayerResult
 from ptq.run.record import Record
 from ptq.runtime.adapter import Layer
@@ -35,47 +35,6 @@ from ptq.runtime.distributed import Ranks
 
 # What an unfinished folder may hold before it says of which run it is.  It is emptied for a new one: nobody else's may be in it.
 OURS = re.compile(r"\.?(fingerprint\.json|token_importance\.safetensors|curvature|layers|checkpoint)(\.part)?")
-
-
-def code_version() -> str:
-    """Hash of the sources that the result depends on, and the versions of ours and of what computes."""
-    root = Path(ptq.__file__).parent
-    digest = hashlib.sha256()
-    folders = [folder for folder in root.iterdir() if folder.name not in ("cost", "eval", "cli")]
-    for path in sorted(path for folder in [root, *folders] for path in folder.glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
-    packages = ", ".join(f"{name} {installed(name)}" for name in ("torch", "transformers", "triton"))
-    return f"{ptq.__version__} {digest.hexdigest()[:16]}, {packages}"
-
-
-def installed(package: str) -> str:
-    """The version; "none" for a package that is not there under that name."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
-
-
-def fingerprint(
-    model: Mapping[str, object], calibration: Tensor | None, settings: Mapping[str, object], device: torch.device | str = "cpu"
-) -> dict:
-    """What the bytes of the result depend on.  `model`: by file, what identifies it (ptq.models.identity)."""
-    digest = None if calibration is None else hashlib.sha256(calibration.cpu().contiguous().numpy().tobytes()).hexdigest()
-    shape = None if calibration is None else list(calibration.shape)
-    place = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
-    about = {"model": dict(model), "calibration": {"tokens": shape, "sha256": digest}, "settings": dict(settings)}
-    return json.loads(json.dumps(about | {"code": {"version": code_version()}, "device": {"name": place}}))
-
-
-def differences(before: dict, after: dict) -> list[str]:
-    """What differs between two fingerprints, in words."""
-    found = []
-    for part in sorted(before.keys() | after.keys()):
-        old, new = before.get(part, {}), after.get(part, {})
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                found.append(f"{part}: {key} was {old.get(key)} and is {new.get(key)}")
-    return found
 
 
 class Unfinished:
@@ -150,15 +109,33 @@ class Unfinished:
         path = self.checkpoint / shard_name(done.layer.index, self.layers)
         save_tensors(path, tensors)
         check_layer(path, done.layer, formats, layout)
-        about = {"layer": done.layer.name, "batch": done.batch, "records": [asdict(record) for record in done.records]}
+        records = [asdict(record) for record in done.records]
+        about = {"layer": done.layer.name, "batch": done.batch, "records": records, "stored": digests(tensors)}
         save_text(self._record_path(done.layer.index), json.dumps(about) + "\n")
 
     def restore(self, layer: Layer, formats: Formats, layout: Layout) -> tuple[int, Inputs]:
         """Makes a layer of the original what it was after it had been finished; returns the batch it ran with, and its quantized
-        inputs."""
+        inputs.  Raises ValueError as `check`."""
         tensors = load_file(self.checkpoint / shard_name(layer.index, self.layers))
-        inputs = restore_layer(layer, tensors, formats, layout)
-        return json.loads(self._record_path(layer.index).read_text())["batch"], inputs
+        about = self._check(layer.index, digests(tensors))
+        return about["batch"], restore_layer(layer, tensors, formats, layout)
+
+    def check(self) -> None:
+        """Raises ValueError that names a tensor of a layer that the checkpoint's manifest has other than it was stored."""
+        found = {name: entry["blake2b"] for name, entry in (read_manifest(self.checkpoint) or {}).items()}
+        for index in range(self.layers):
+            self._check(index, found)
+
+    def _check(self, index: int, found: Mapping[str, str]) -> dict:
+        """What is noted of a layer."""
+        about = json.loads(self._record_path(index).read_text())
+        changed = sorted(name for name, digest in about["stored"].items() if found.get(name) != digest)
+        if changed:
+            raise ValueError(
+                f"{self.checkpoint}: {changed[0]} is not what was stored ({len(changed)} such tensors); the disk or another "
+                f"process changed it: remove {self.folder} and begin anew"
+            )
+        return about
 
     def records(self) -> list[Record]:
         """Of all finished layers."""
@@ -260,6 +237,12 @@ class LayerWriter:
         if self._last is not None:
             self._last.result()
             self._last = None
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """By name, as a manifest has them (ptq.export.manifest)."""
+    raw = {name: tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
+    return {name: hashlib.blake2b(data.data, digest_size=32).hexdigest() for name, data in raw.items()}
 
 
 def unfinished_folder(output: Path) -> Path:
