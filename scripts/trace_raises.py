@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Run tests and say which `raise` and which `except` of the package they never came to; fails where there is one.
+"""Run tests and say which `raise` and which `except` of ptq/, kernels/, models/ and eval/ they never came to; fails where one is.
 
     python scripts/trace_raises.py -n auto                                      # the whole suite
-    python scripts/trace_raises.py --log build/reached.txt tests/test_check.py  # one file, added to what the log holds
+    python scripts/trace_raises.py --log build/reached.txt tests/test_check.py  # a part, added to what the log holds
 
-Each is noted by a call that is put in front of it while its module is imported, in processes that tests start too.  A comment
-`untested: REASON` in the line takes one out.
+A call is put in front of each as its module is imported, also in processes that tests start, and notes that it was reached.
 """
 
 import argparse
 import ast
+import builtins
 import os
 import subprocess
 import sys
@@ -23,84 +23,62 @@ FOLDERS = ("ptq", "kernels", "models", "eval")
 
 
 class Mark(ast.NodeTransformer):
-    """Calls `reached_by_tests("file:line")` in front of what raises and in what handles."""
+    """Puts `note_reached(PLACE)` in front of what raises, and first in what handles; `places` is each, file:line."""
 
-    def __init__(self, file: str) -> None:
-        self.file, self.places = file, []
+    def __init__(self, path: Path) -> None:
+        self.file, self.places = path.resolve().relative_to(ROOT), list[str]()
+        self.code = ast.fix_missing_locations(self.visit(ast.parse(path.read_bytes())))
 
-    def call(self, line: int) -> ast.stmt:
-        self.places.append(f"{self.file}:{line}")
-        return ast.parse(f"reached_by_tests({self.places[-1]!r})").body[0]
+    def mark(self, node: ast.Raise | ast.ExceptHandler) -> ast.stmt:
+        self.places.append(f"{self.file}:{node.lineno}")
+        return ast.parse(f"note_reached({self.places[-1]!r})").body[0]
 
     def visit_Raise(self, node: ast.Raise) -> list[ast.stmt]:
-        return [self.call(node.lineno), node]
+        return [self.mark(node), node]
 
-    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.ExceptHandler:
-        handles = not isinstance(node.body[0], ast.Raise)
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.AST:
+        mark = [] if isinstance(node.body[0], ast.Raise) else [self.mark(node)]
         self.generic_visit(node)
-        node.body = [*([self.call(node.lineno)] if handles else []), *node.body]
+        node.body = [*mark, *node.body]
         return node
 
 
-def marked(path: Path) -> tuple[ast.Module, list[str]]:
-    """(the module's code with its marks, the places that are marked)"""
-    mark = Mark(str(path.resolve().relative_to(ROOT)))
-    return ast.fix_missing_locations(mark.visit(ast.parse(path.read_bytes()))), mark.places
-
-
 class Loader(SourceFileLoader):
-    def get_code(self, fullname: str) -> CodeType:  # never from or to a .pyc
-        return compile(marked(Path(self.path))[0], self.path, "exec", dont_inherit=True)
+    def get_code(self, fullname: str) -> CodeType:  # from no .pyc and to none
+        return compile(Mark(Path(self.path)).code, self.path, "exec", dont_inherit=True)
 
 
 class Finder(PathFinder):
     @classmethod
     def find_spec(cls, fullname: str, path=None, target=None) -> ModuleSpec | None:
         spec = super().find_spec(fullname, path, target) if fullname.split(".")[0] == "ptq" else None
-        if spec and isinstance(spec.loader, SourceFileLoader) and ROOT in Path(spec.loader.path).parents:
+        if spec and isinstance(spec.loader, SourceFileLoader):
             spec.loader = Loader(spec.loader.name, spec.loader.path)
         return spec
 
 
 def install(log: str) -> None:
-    """In every process: that an import of ours is marked, and that what is reached is written down."""
-    import builtins
-
-    file, seen = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), set()
-
-    def reached_by_tests(place: str) -> None:
-        if place not in seen:
-            seen.add(place)
-            os.write(file, f"{place}\n".encode())
-
-    builtins.reached_by_tests = reached_by_tests  # type: ignore[attr-defined]
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    builtins.note_reached = lambda place: os.write(file, f"{place}\n".encode())  # type: ignore[attr-defined]
     sys.meta_path.insert(0, Finder)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--log", type=Path, help="file that is added to; default: one of this run alone")
-    options, tests = parser.parse_known_args()
+    parser.add_argument("--log", type=Path, help="a file to add to")
+    args, tests = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        log = (options.log or Path(folder) / "reached").resolve()
+        log = (args.log or Path(folder) / "reached").resolve()
         start = f"import runpy\nrunpy.run_path({__file__!r})['install']({str(log)!r})\n"
-        (Path(folder) / "sitecustomize.py").write_text(start)
-        path = os.pathsep.join(filter(None, [folder, str(ROOT), os.environ.get("PYTHONPATH")]))
-        code = subprocess.run(
-            [sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=os.environ | {"PYTHONPATH": path}
-        ).returncode
+        (Path(folder) / "sitecustomize.py").write_text(start)  # which Python runs first, in every process
+        paths = os.pathsep.join(filter(None, [folder, str(ROOT), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-m", "pytest", *tests]
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}).returncode
         reached = set(log.read_text().splitlines()) if log.exists() else set()
     files = sorted(path for part in FOLDERS for path in (ROOT / part).rglob("*.py"))
-    lines = {place: path for path in files for place in marked(path)[1]}
-
-    def line(place):
-        return lines[place].read_text().splitlines()[int(place.rpartition(":")[2]) - 1].strip()
-
-    excluded = {p for p in lines if "untested:" in line(p)}
-    missing = [place for place in lines if place not in reached | excluded]
-    for place in missing:
-        print(f"{place}: {line(place)}")
-    print(f"{len(lines)} places, {len(reached & lines.keys())} reached, {len(excluded)} left out, {len(missing)} missing")
+    places = [place for path in files for place in Mark(path).places]
+    missing = [place for place in places if place not in reached]
+    print(*missing, f"{len(places)} places, {len(missing)} of them not reached", sep="\n")
     return code or bool(missing)
 
 
