@@ -7,7 +7,7 @@ MODEL := build/demo/SmolLM2-135M-Instruct.Q4_1.gguf
 # The tests that meet transformers, compressed-tensors and lm-eval most.
 MEETS_OTHERS := $(addprefix tests/test_,models.py export.py harness.py)
 
-.PHONY: demo test test-oldest test-newest audit lint clean
+.PHONY: demo test raises test-oldest test-newest audit lint clean
 
 demo: $(INSTALLED) $(MODEL)
 	rm -rf build/demo/checkpoint
@@ -19,6 +19,10 @@ demo: $(INSTALLED) $(MODEL)
 # T: arguments of pytest, as in `make test T="tests/test_gptq.py -k panel"`; `make test T="-n 0 --pdb …"` debugs.
 test: $(INSTALLED) $(MODEL)
 	$(BIN)/python -m pytest -n auto $(T)
+
+# The whole suite, which fails where a `raise` or an `except` of the package was not reached.
+raises: $(INSTALLED) $(MODEL)
+	$(BIN)/python scripts/trace_raises.py -n auto
 
 # Other releases of what ptq stands on, laid over .venv: those of constraints-oldest.txt and constraints-newest.txt.
 test-oldest test-newest: test-%: .venv-%/installed
