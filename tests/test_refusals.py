@@ -189,7 +189,7 @@ ASYMMETRIC = {"config_groups": {"0": {"weights": {"num_bits": 4, "symmetric": Fa
         (ASYMMETRIC, None, "has weights .*; only symmetric 4-bit ones are converted"),
         ({}, "model.layers.0.self_attn.k_scale", "its cache is quantized, which no other layout here holds"),
         ({}, "x.weight_packed", "x has no weight_scale: copy its file again"),
-        ({}, "lm_head.weight_packed lm_head.weight_scale", "has a quantized lm_head, which ptq's layouts leave in 16 bits"),
+        ({}, "lm_head.weight_packed lm_head.weight_scale", "has a quantized lm_head, which no conversion here carries"),
         ({"quant_method": "awq"}, None, "is quantized by 'awq'; layouts read here are compressed-tensors, modelopt, gptq and"),
         ({"quant_method": "gptq"}, None, "has no tensor '.qweight', so no linear quantized in the layout gptq"),
         ({"quant_method": "gptq", "checkpoint_format": "v9"}, None, "has checkpoint_format 'v9'; GPTQ's known here are"),

@@ -135,7 +135,7 @@ def refuse_what_is_lost(checkpoint: Checkpoint) -> None:
             raise ValueError(f"{checkpoint.folder} has {key} {inner[key]}, which only its own layout says: keep it")
     if "lm_head" in checkpoint.linears:
         raise ValueError(
-            f"{checkpoint.folder} has a quantized lm_head, which ptq's layouts leave in 16 bits: keep the layout it has"
+            f"{checkpoint.folder} has a quantized lm_head, which no conversion here carries over: keep the layout it has"
         )
     kept = {part for name in checkpoint.linears for part in checkpoint.names(name)}
     for name in checkpoint.files:
