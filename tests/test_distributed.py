@@ -65,6 +65,7 @@ def jobs(tmp_path_factory) -> Jobs:
     folder = tmp_path_factory.mktemp("jobs")
     arguments = prepare(folder)
     given = {"deterministic": ["--deterministic", *arguments]}
+    given |= {"scaled channels": ["--deterministic", "--activations", "nvfp4", "--rule", "mse", *arguments]}
     given |= {effort: ["--effort", effort, *arguments] for effort in ("default", "best")}
     given |= {"others": [word.replace("text0", "textRANK") for word in arguments], "killed": arguments}
     (folder / "jobs.json").write_text(json.dumps([[*words, str(folder / name)] for name, words in given.items()]))
@@ -84,8 +85,9 @@ def jobs(tmp_path_factory) -> Jobs:
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_bytes_of_one(main, tmp_path, jobs):  # noqa: F811
-    job = jobs.of["deterministic"]
+@pytest.mark.parametrize("name", ["deterministic", "scaled channels"])
+def test_two_ranks_give_the_bytes_of_one(main, tmp_path, jobs, name):  # noqa: F811
+    job = jobs.of[name]
     assert job.code == 0 and job.output.is_dir(), jobs.said
     assert main([*job.arguments, str(tmp_path / "one")]) == 0
     assert contents(tmp_path / "one") == contents(job.output)
