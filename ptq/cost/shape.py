@@ -127,9 +127,8 @@ def layer_shape(layer: Layer, plan: LayerPlan, passes: tuple[Pass, ...]) -> Laye
 
 
 def shape_of(plan: Plan, adapter: Skeleton, sequences: int, length: int, importance: str) -> Shape:
-    layers = zip(
-        chain(adapter.skeleton(), [adapter.head()]), plan.layers, plan.passes, strict=False
-    )  # the head, if it is planned
+    there = chain(adapter.skeleton(), [adapter.head()])
+    layers = zip(there, plan.layers, plan.passes, strict=False)  # the head only if it is planned
     shapes = Counter(layer_shape(*each) for each in layers)
     model, recipes = adapter.model, plan.recipes.values()
     head, config = model.get_output_embeddings(), model.config

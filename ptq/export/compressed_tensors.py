@@ -130,6 +130,6 @@ def quantization_config(formats: Mapping[str, Format], ignored: tuple[str, ...])
         "format": distinct[0].scheme if len(distinct) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [*([] if head else ["lm_head"]), *ignored],
+        "ignore": [name for name in ("lm_head", *ignored) if name not in formats],
         "kv_cache_scheme": None,
     }

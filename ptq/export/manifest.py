@@ -2,14 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ptq.export.files import save_text
 from ptq.export.index import header
 
 MANIFEST = "ptq_manifest.json"
 PIECE = 1 << 24
+blake2b = partial(hashlib.blake2b, digest_size=32)
 
 
 def write_manifest(folder: Path) -> Path:
@@ -34,7 +39,13 @@ def hashes(folder: Path) -> Iterator[tuple[str, Path, str]]:
             for name, about in header(path).items():
                 first, last = about["data_offsets"]
                 file.seek(start + first)
-                digest = hashlib.blake2b(digest_size=32)
+                digest = blake2b()
                 for at in range(first, last, PIECE):
                     digest.update(file.read(min(PIECE, last - at)))
                 yield name, path, digest.hexdigest()
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """By name, the hash that `hashes` finds once they are stored."""
+    raw = {name: tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
+    return {name: blake2b(data.data).hexdigest() for name, data in raw.items()}

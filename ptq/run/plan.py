@@ -127,7 +127,7 @@ def examine(adapter: Skeleton, rules: Rules) -> tuple[Plan, list[str]]:
         layers.append(adapter.plan(layer))
         for name in (name for group in layers[-1].groups for name in group):
             full = layer.full_name(name)
-            recipe = recipe_of(full, for_head if layer in more else rules)
+            recipe = recipe_of(full, for_head if layers[-1].last else rules)
             if recipe is None:
                 ignored.append(full)
             else:

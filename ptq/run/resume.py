@@ -6,7 +6,6 @@ which becomes the output at the end.  A file has its name only once its content 
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from ptq.calibrate.inputs import Inputs
 from ptq.export.checkpoint import Formats, check_layer, layer_tensors, restore_layer, shard_name
 from ptq.export.files import save_tensors, save_text, sync
 from ptq.export.layout import Layout
-from ptq.export.manifest import read_manifest
+from ptq.export.manifest import digests, read_manifest
 from ptq.run.fingerprint import differences
 from ptq.run.loop import LayerResult
 from ptq.run.record import Record
@@ -237,12 +236,6 @@ class LayerWriter:
         if self._last is not None:
             self._last.result()
             self._last = None
-
-
-def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """By name, as a manifest has them (ptq.export.manifest)."""
-    raw = {name: tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
-    return {name: hashlib.blake2b(data.data, digest_size=32).hexdigest() for name, data in raw.items()}
 
 
 def unfinished_folder(output: Path) -> Path:
