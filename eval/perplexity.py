@@ -7,11 +7,13 @@ mean over the same positions of KL(original ‖ model), in nats.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ptq.calibrate.norms import fused_norms
 from ptq.eval.logits import Logits, run
 from ptq.eval.paired import ratio_stderr
 
@@ -58,7 +60,10 @@ def score_models(models: Mapping[str, nn.Module], windows: Iterable[Tensor]) -> 
     """What `evaluate` sums up, window by window."""
     original = next(iter(models.values()))
     there = (window.to(next(original.parameters()).device) for window in windows)
-    return score_windows({name: run(model, name) for name, model in models.items()}, there)
+    with ExitStack() as fused:
+        for model in models.values():
+            fused.enter_context(fused_norms(model))
+        return score_windows({name: run(model, name) for name, model in models.items()}, there)
 
 
 def dtype_of(model: nn.Module) -> str:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ptq.core.formats import E2M1, Format
-from ptq.core.linalg import add_product, block_diagonal
+from ptq.core.linalg import block_diagonal
+from ptq.core.pieces import add_product, subtract_product
 from ptq.core.scales import check_rule
 from ptq.kernels import int4
 from ptq.kernels import panel as e2m1
-from ptq.kernels.matmul import subtract_product
 
 
 def sweep(
@@ -48,17 +48,29 @@ def sweep(
 def launcher(A: Tensor, U: Tensor, format: Format, rule: str) -> Callable[..., None]:
     """run(columns, blocks, x, q, scales, E, loss) for one panel, given by its slices of columns and of blocks."""
     alone = U.dim() == 2
-    U = U[None] if alone else U
-    H_blocks, U_blocks = (block_diagonal(part, format.block).flatten(0, -3) for part in (A, U))
-    make = e2m1.block_factors if format.elements is E2M1 else int4.block_factors
-    U_blocks, *factors = (part.unflatten(0, (len(U), -1)) for part in (U_blocks, *make(H_blocks, U_blocks, rule)))
+    A, U = (A[None], U[None]) if alone else (A, U)
+    factors = block_parts(A, U, format, rule)
 
     def run(columns: slice, blocks: slice, *parts: Tensor) -> None:
         x, q, scales, E, loss = (part[None] for part in parts) if alone else parts
-        own = [part[:, blocks] for part in factors]
-        if format.elements is E2M1:
-            e2m1.launch_panel(x, U[:, columns, columns], U_blocks[:, blocks], own, q, scales, E, loss, format, rule)
-        else:
-            int4.launch_block(x, own, q, scales, E, loss, format, rule)
+        launch(x, U[:, columns, columns], [part[:, blocks] for part in factors], q, scales, E, loss, format, rule)
 
     return run
+
+
+def block_parts(A: Tensor, U: Tensor, format: Format, rule: str) -> list[Tensor]:
+    """What `launch` takes of each block, (e, n/block, …): U's diagonal blocks and the kernel's factors."""
+    H_blocks, U_blocks = (block_diagonal(part, format.block).flatten(0, -3) for part in (A, U))
+    make = e2m1.block_factors if format.elements is E2M1 else int4.block_factors
+    return [part.unflatten(0, (len(U), -1)) for part in (U_blocks, *make(H_blocks, U_blocks, rule))]
+
+
+def launch(
+    x: Tensor, U: Tensor, parts: list[Tensor], q: Tensor, scales: Tensor, E: Tensor, loss: Tensor, format: Format, rule: str
+) -> None:
+    """One panel, as `e2m1.launch_panel` or `int4.launch_block`.  parts: as `block_parts` gives, of the panel's blocks."""
+    U_blocks, *factors = parts
+    if format.elements is E2M1:
+        e2m1.launch_panel(x, U, U_blocks, factors, q, scales, E, loss, format, rule)
+    else:
+        int4.launch_block(x, factors, q, scales, E, loss, format, rule)

@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from ptq.calibrate.hessian import Hessian
+from ptq.core import linalg
 from ptq.core.linalg import (
     NotPositiveDefiniteError,
     block_diagonal,
     damped,
+    inverse_cholesky,
     inverse_factor,
     pack_symmetric,
     unpack_symmetric,
@@ -13,6 +15,7 @@ from ptq.core.linalg import (
 
 # Two float32 sums of n products, in any order, differ by at most 2 n eps Σ|x y|.
 EPS = torch.finfo(torch.float32).eps
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("block", [None, 16, 32])
@@ -90,6 +93,25 @@ def test_inverse_factor(n):
     assert torch.equal(U, U.triu())
     assert torch.allclose(U.T @ U @ A, torch.eye(n, dtype=torch.float64), atol=1e-10)
     assert torch.allclose(U, torch.linalg.cholesky(torch.linalg.inv(A), upper=True), atol=1e-10)
+
+
+def test_a_factorization_in_pieces_is_as_exact_as_float32(monkeypatch):
+    """Three pieces leave out products below 2⁻²⁴ of a sum's largest, which is what float32 rounds away: errors of one size.  So
+    does a product of them solve as exactly."""
+    monkeypatch.setattr(linalg, "SMALLEST_IN_PIECES", 128)
+    X = torch.randn(1200, 600, dtype=torch.float64) * torch.logspace(0, -2, 600, dtype=torch.float64)
+    A, C = damped(X.T @ X / 1200, 0.01), torch.randn(50, 600, dtype=torch.float64)
+    exact = torch.linalg.inv(A)
+    errors = []
+    for pieces in (1, 3):
+        monkeypatch.setattr(linalg, "pieces_for", lambda _A, pieces=pieces: pieces)
+        inverse, failed = inverse_cholesky(A.float().to(DEVICE), smallest=128)
+        assert not failed
+        inverse = inverse.double().cpu()
+        solved = linalg.multiply_by_inverse(C.float().to(DEVICE), inverse.float().to(DEVICE)).double().cpu()
+        errors.append(((inverse.T @ inverse - exact).norm() / exact.norm(), (solved - C @ exact).norm() / (C @ exact).norm()))
+    for one, three in zip(*errors, strict=True):
+        assert 0 < three < 4 * one
 
 
 def test_a_matrix_that_is_not_positive_definite_is_refused_with_its_pivot():

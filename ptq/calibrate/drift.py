@@ -21,7 +21,7 @@ from torch import Tensor
 from ptq.calibrate.hessian import add_product, weighted
 from ptq.calibrate.observe import Observed
 from ptq.core.linalg import NotPositiveDefiniteError, damped, solve_from_right
-from ptq.kernels.matmul import product
+from ptq.core.pieces import product
 
 
 class Drift:

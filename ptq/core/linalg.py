@@ -4,9 +4,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ptq.core.pieces import Pieces, add_pieces, split
+
 STRIP = 128
 # Rows that are left to the library's factorization: of one matrix, and of each of a batch, which a GPU factorizes side by side.
 SMALLEST, SMALLEST_OF_BATCH = 1024, 128
+# Rows of a matrix whose halves are large enough that it pays to multiply them in pieces.
+SMALLEST_IN_PIECES = 4096
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -19,27 +23,28 @@ def block_diagonal(H: Tensor, block: int) -> Tensor:
     return blocks.diagonal(dim1=-4, dim2=-3).movedim(-1, -3).contiguous()
 
 
-def add_product(C: Tensor, A: Tensor, B: Tensor, *, alpha: float = 1, beta: float = 1) -> None:
-    """C = beta C + alpha A B, in place; of each of a batch, where there are three dimensions."""
-    (C.addmm_ if C.dim() == 2 else C.baddbmm_)(A, B, alpha=alpha, beta=beta)
+def pieces_for(A: Tensor) -> int:
+    """In how many each operand of a product is, for a factorization of A (..., n, n): on a GPU three where it is large."""
+    return 3 if A.is_cuda and A.dtype == torch.float32 and A.dim() == 2 and len(A) >= SMALLEST_IN_PIECES else 1
 
 
-def inverse_cholesky(A: Tensor, smallest: int | None = None) -> tuple[Tensor, int]:
+def inverse_cholesky(A: Tensor, smallest: int | None = None, pieces: int | None = None) -> tuple[Tensor, int]:
     """(L⁻¹, 0) where A = L Lᵀ with L lower triangular.  A (..., n, n) symmetric; its lower triangle is overwritten.
 
     By halves,  [[P, 0], [R, S]]⁻¹ = [[P⁻¹, 0], [-S⁻¹ R P⁻¹, S⁻¹]]  with R = B P⁻ᵀ and S Sᵀ = C - R Rᵀ for A = [[P Pᵀ, ·], [B, C]]:
-    nearly all of it is matmul, which a GPU does at several times the speed of a factorization or a triangular solve.
+    nearly all of it is matmul, which a GPU does at several times the speed of a factorization or a triangular solve; operands of
+    its larger products in so many `pieces` (ptq.core.pieces), without which it is `pieces_for(A)`.
     Where A, or one of the batch, is not positive definite, the second value is the number of the pivot that failed, from 1.
     """
     smallest = smallest or (SMALLEST_OF_BATCH if A.dim() > 2 and A.is_cuda else SMALLEST)
     out = torch.zeros_like(A, memory_format=torch.contiguous_format)
     pivots: list[Tensor] = []
-    invert_into(A, out, smallest, 0, pivots)
+    invert_into(A, out, smallest, pieces or pieces_for(A), 0, pivots)
     failed = torch.stack(pivots).cpu()
     return out, int(failed[failed > 0].amin()) if (failed > 0).any() else 0
 
 
-def invert_into(A: Tensor, out: Tensor, smallest: int, first: int, pivots: list[Tensor]) -> None:
+def invert_into(A: Tensor, out: Tensor, smallest: int, pieces: int, first: int, pivots: list[Tensor]) -> None:
     """The recursion of `inverse_cholesky`, for the diagonal block that starts at row `first` of the whole."""
     n = A.shape[-1]
     if n <= smallest:
@@ -49,38 +54,59 @@ def invert_into(A: Tensor, out: Tensor, smallest: int, first: int, pivots: list[
         return
     half = (n // 2 + 127) // 128 * 128
     B, C, upper, lower = A[..., half:, :half], A[..., half:, half:], out[..., :half, :half], out[..., half:, half:]
-    invert_into(A[..., :half, :half], upper, smallest, first, pivots)
-    R = multiply_by_transpose(B, upper, smallest)
+    invert_into(A[..., :half, :half], upper, smallest, pieces, first, pivots)
+    number = pieces if n >= SMALLEST_IN_PIECES else 1
+    P = split(upper, number)
+    R = split(multiply_by_transpose(split(B, number), P, smallest), number)
     for start in range(0, n - half, smallest):
         own = slice(start, start + smallest)
-        add_product(C[..., start:, own], R[..., start:, :], R[..., own, :].mT, alpha=-1)
-    invert_into(C, lower, smallest, first + half, pivots)
-    lower_multiply_into(lower, multiply_by_lower(R, upper, smallest), out[..., half:, :half], smallest)
+        add_pieces(C[..., start:, own], rows(R, slice(start, None)), transposed(rows(R, own)), alpha=-1)
+    invert_into(C, lower, smallest, pieces, first + half, pivots)
+    product = split(multiply_by_lower(R, P, smallest), number)
+    lower_multiply_into(split(lower, number), product, out[..., half:, :half], smallest)
 
 
-def multiply_by_transpose(B: Tensor, A: Tensor, strip: int) -> Tensor:
+def rows(A: Pieces, own: slice) -> Pieces:
+    return [piece[..., own, :] for piece in A]
+
+
+def columns(A: Pieces, own: slice) -> Pieces:
+    return [piece[..., own] for piece in A]
+
+
+def transposed(A: Pieces) -> Pieces:
+    return [piece.mT for piece in A]
+
+
+def multiply_by_transpose(B: Pieces, A: Pieces, strip: int) -> Tensor:
     """B Aᵀ for a lower triangular A, without most of the products with its zeros."""
-    out = torch.empty_like(B, memory_format=torch.contiguous_format)
-    for first in range(0, A.shape[-1], strip):
-        own = slice(first, first + strip)
-        add_product(out[..., own], B[..., : own.stop], A[..., own, : own.stop].mT, beta=0)
+    out = empty_product(B)
+    for first in range(0, A[0].shape[-1], strip):
+        own, known = slice(first, first + strip), slice(0, first + strip)
+        add_pieces(out[..., own], columns(B, known), transposed(columns(rows(A, own), known)), beta=0)
     return out
 
 
-def multiply_by_lower(B: Tensor, A: Tensor, strip: int) -> Tensor:
+def multiply_by_lower(B: Pieces, A: Pieces, strip: int) -> Tensor:
     """B A for a lower triangular A, without most of the products with its zeros."""
-    out = torch.empty_like(B, memory_format=torch.contiguous_format)
-    for first in range(0, A.shape[-1], strip):
-        own = slice(first, first + strip)
-        add_product(out[..., own], B[..., first:], A[..., first:, own], beta=0)
+    out = empty_product(B)
+    for first in range(0, A[0].shape[-1], strip):
+        own, rest = slice(first, first + strip), slice(first, None)
+        add_pieces(out[..., own], columns(B, rest), columns(rows(A, rest), own), beta=0)
     return out
 
 
-def lower_multiply_into(C: Tensor, B: Tensor, out: Tensor, strip: int) -> None:
+def lower_multiply_into(C: Pieces, B: Pieces, out: Tensor, strip: int) -> None:
     """out = -C B for a lower triangular C, without most of the products with its zeros."""
-    for first in range(0, C.shape[-1], strip):
-        own = slice(first, first + strip)
-        add_product(out[..., own, :], C[..., own, : own.stop], B[..., : own.stop, :], alpha=-1, beta=0)
+    for first in range(0, C[0].shape[-1], strip):
+        own, known = slice(first, first + strip), slice(0, first + strip)
+        add_pieces(out[..., own, :], columns(rows(C, own), known), rows(B, known), alpha=-1, beta=0)
+
+
+def empty_product(B: Pieces) -> Tensor:
+    """Of the shape of B, in the dtype of what it was split from."""
+    dtype = B[0].dtype if len(B) == 1 else torch.float32
+    return torch.empty(B[0].shape, dtype=dtype, device=B[0].device)
 
 
 def damped(H: Tensor, damp: float, order: Tensor | None = None) -> Tensor:
@@ -116,11 +142,19 @@ def inverse_factor(A: Tensor, *, name: str = "H", remedy: str = "more calibratio
 def solve_from_right(C: Tensor, A: Tensor) -> tuple[Tensor, int]:
     """(C A⁻¹, 0) for C (..., m, n) and a symmetric positive definite A (..., n, n), which is overwritten; the second value is
     as `inverse_cholesky` has it."""
-    if A.dim() > 2 and A.is_cuda:
+    if A.is_cuda:
         inverse, failed = inverse_cholesky(A)
-        return C @ inverse.mT @ inverse, failed
+        return multiply_by_inverse(C, inverse), failed
     factor, info = torch.linalg.cholesky_ex(A)
     return torch.cholesky_solve(C.mT, factor).mT, int(info.amax())
+
+
+def multiply_by_inverse(C: Tensor, inverse: Tensor) -> Tensor:
+    """C A⁻¹ for C (..., m, n) and what `inverse_cholesky` gives of A."""
+    pieces = pieces_for(inverse)
+    L = split(inverse, pieces)
+    half = multiply_by_transpose(split(C, pieces), L, SMALLEST)
+    return multiply_by_lower(split(half, pieces), L, SMALLEST)
 
 
 def pack_symmetric(A: Tensor, strip: int = STRIP) -> Tensor:

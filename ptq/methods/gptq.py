@@ -12,7 +12,8 @@ With the curvature G of the loss in the linear's outputs, the loss is taken as t
 recursion runs over rows: when a panel of rows is done, what its error does to the loss is made good by the rows still to come.
 The rows of a panel are rounded as if their outputs were independent.
 
-On a GPU float32 runs in kernels (ptq.kernels.sweep), of which `sweep` is the reference.
+On a GPU float32 runs in kernels (ptq.kernels.sweep), of which `sweep` is the reference; with row feedback in
+ptq.kernels.wavefront, of which `sweep_one_by_one` is.
 
 A dead column (zero row of H) is rounded to nearest by itself: nothing is known about it, so no error enters or leaves it.
 
@@ -31,9 +32,10 @@ from torch import Tensor
 from ptq.core.formats import Format
 from ptq.core.linalg import block_diagonal, damped, in_order, inverse_factor
 from ptq.core.packing import Quantized
+from ptq.core.pieces import product
 from ptq.core.scales import as_blocks, choose_scales, round_with_feedback
 from ptq.kernels import sweep as kernels
-from ptq.kernels.matmul import product
+from ptq.kernels.wavefront import sweep_tiles
 from ptq.methods.solution import Solution
 from ptq.runtime.checks import check_float32
 from ptq.runtime.clock import phase
@@ -82,9 +84,12 @@ def gptq(
     run = partial(sweep, frozen=True) if frozen else run
     panel = max(format.block, panel // format.block * format.block) if format.block else panel
     sweep_rows = partial(run, A=A, U=U, format=format, rule=rule, panel=panel)
-    q, scales, row_loss = (
-        sweep_rows(x) if G is None else sweep_row_panels(x, G, sweep_rows, row_panel or rows_at_once(x.shape[-2]))
-    )
+    if G is None:
+        q, scales, row_loss = sweep_rows(x)
+    else:
+        in_tiles = partial(sweep_tiles, A=A, U=U, format=format, rule=rule, panel=panel)
+        sweep_panels = in_tiles if run is kernels.sweep else partial(sweep_one_by_one, sweep_rows=sweep_rows)
+        q, scales, row_loss = sweep_row_panels(x, G, sweep_panels, row_panel or rows_at_once(x.shape[-2]))
 
     undo, span = order.argsort(), format.span(x.shape[-1])
     codes = in_order(format.elements.encode(q), undo, -1)
@@ -101,28 +106,40 @@ def rows_at_once(rows: int) -> int:
 
 
 def sweep_row_panels(
-    x: Tensor, G: Tensor, sweep_rows: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], row_panel: int
+    x: Tensor, G: Tensor, sweep_panels: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]], row_panel: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What sweep_rows(x) returns, but for one panel of rows after the other, by descending diag(G).
+    """What sweep_panels(x, V, row_panel) returns, `sweep_one_by_one` or the like, of rows by descending diag(G).
 
-    x (..., r, n) is overwritten with the weights each panel was swept from: with V the factor of (G + damp)⁻¹ = Vᵀ V in that
-    order, panel p leaves the error Δ_p = x_p - Q_p, and the rows after it move by -V_p,laterᵀ V_pp⁻ᵀ Δ_p.
+    V (..., r, r): the factor of (G + damp)⁻¹ = Vᵀ V in that order.  x (..., r, n) is overwritten with the weights each panel was
+    swept from.
     """
     order = G.diagonal(dim1=-2, dim2=-1).argsort(descending=True, stable=True)
     undo, moved = order.argsort(), in_order(x, order, -2)
     V = inverse_factor(damped(G.to(x.dtype), DAMP_ROWS, order), name="G", remedy=REMEDY_ROWS)
+    parts = sweep_panels(moved, V, row_panel)
+    x.copy_(in_order(moved, undo, -2))
+    q, scales, loss = (in_order(part, undo, -2) for part in (*parts[:2], parts[2][..., None]))
+    return q, scales, loss[..., 0]
+
+
+def sweep_one_by_one(
+    x: Tensor, V: Tensor, row_panel: int, sweep_rows: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What sweep_rows(x) returns, but for one panel of rows after the other.
+
+    Panel p of x (..., r, n) leaves the error Δ_p = x_p - Q_p, and the rows after it move by -V_p,laterᵀ V_pp⁻ᵀ Δ_p, in place.
+    """
     parts = []
     for start in range(0, x.shape[-2], row_panel):
         own, later = slice(start, start + row_panel), slice(start + row_panel, None)
-        target = moved[..., own, :]
+        target = x[..., own, :]
         q, scales, loss = sweep_rows(target)
         values = (rearrange(q, "... (b k) -> ... b k", b=scales.shape[-1]) * scales[..., None]).flatten(-2)
         E = torch.linalg.solve_triangular(V[..., own, own].mT, target - values, upper=False)
-        moved[..., later, :] -= V[..., own, later].mT @ E
-        parts.append((q, scales, loss[..., None]))
-    x.copy_(in_order(moved, undo, -2))
-    q, scales, loss = (in_order(torch.cat(part, -2), undo, -2) for part in zip(*parts, strict=True))
-    return q, scales, loss[..., 0]
+        x[..., later, :] -= V[..., own, later].mT @ E
+        parts.append((q, scales, loss))
+    q, scales, loss = zip(*parts, strict=True)
+    return torch.cat(q, -2), torch.cat(scales, -2), torch.cat(loss, -1)
 
 
 def visit_order(H: Tensor, block: int) -> Tensor:
