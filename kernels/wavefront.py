@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ptq.core.formats import E2M1, Format
 from ptq.core.linalg import block_diagonal
-from ptq.core.scales import check_rule
 from ptq.core.pieces import PRODUCTS, split
+from ptq.core.scales import check_rule
 from ptq.kernels.sweep import block_parts, launch
 
 # Rows of errors in a product are a multiple of this, as the matrix units want bfloat16.

@@ -182,7 +182,8 @@ def test_a_curvature_of_which_one_direction_has_most_is_kept_exactly(tmp_path):
         gptq(W, H, NVFP4, tensor_scale=scale, G=G.bfloat16().float())
     in_memory, on_disk = {}, Curvature(tmp_path / "curvature")
     keep_in(in_memory)("q", G)
-    on_disk.keep("q", G)
+    with on_disk.writer() as keep:
+        keep("q", G)
     for kept in (in_memory, on_disk):
         assert list(kept) == ["q"] and torch.equal(unpack_symmetric(kept["q"], 1024), G)
     fed, plain = (gptq(W, H, NVFP4, tensor_scale=scale, G=g).quantized.dequantize() for g in (G, None))

@@ -189,19 +189,13 @@ def check_gradients(weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def to_keep(G: Tensor) -> Tensor:
-    """G as it is kept until its linear is solved: its lower triangle, packed, on the CPU, in G's dtype.
-
-    `unpack_symmetric` gives the matrix back.  The sums above the diagonal may differ from those below by their
-    rounding; those below stand for both.  (bfloat16 would take the same bytes, and a G of which few directions
-    have most is indefinite in it.)
-    """
-    return pack_symmetric(G).cpu()
-
-
 def keep_in(found: dict[str, Tensor]) -> KeepCurvature:
-    """Keeps G of every linear in `found`, by full name."""
-    return lambda name, G: found.update({name: to_keep(G)})
+    """Keeps G of every linear in `found` by full name, packed, on the CPU, in G's dtype.
+
+    The sums above the diagonal may differ from those below by their rounding; those below stand for both.  (bfloat16 would take
+    the same bytes, and a G of which few directions have most is indefinite in it.)
+    """
+    return lambda name, G: found.update({name: pack_symmetric(G).cpu()})
 
 
 def square(size: int, device: torch.device) -> Tensor:

@@ -86,21 +86,23 @@ def measure_importance(
         whole = unfinished.load_importance() or {}
         return {name: [weights[share].to(job.device)] for name, weights in whole.items()}, unfinished.curvature
 
-    def keep(name: str, G: Tensor) -> None:
-        ranks.all_reduce(G)
-        if ranks.rank == 0:
-            unfinished.curvature.keep(name, G)
+    with unfinished.curvature.writer() as write:
 
-    weights = token_importance(
-        job.adapter,
-        batches,
-        seed=job.seed if job.importance == "sampled" else None,
-        first=share.start,
-        on_host=job.on_host,
-        groups=ranks.local_groups(len(job.calibration)),
-        curvature=keep if job.plan.row_feedback else None,
-        progress=lambda name: progress("importance", name),
-    )
+        def keep(name: str, G: Tensor) -> None:
+            ranks.all_reduce(G)
+            if ranks.rank == 0:
+                write(name, G)
+
+        weights = token_importance(
+            job.adapter,
+            batches,
+            seed=job.seed if job.importance == "sampled" else None,
+            first=share.start,
+            on_host=job.on_host,
+            groups=ranks.local_groups(len(job.calibration)),
+            curvature=keep if job.plan.row_feedback else None,
+            progress=lambda name: progress("importance", name),
+        )
     collected = {name: [ranks.all_gather(torch.cat(parts), len(job.calibration))] for name, parts in weights.items()}
     if ranks.rank == 0:
         unfinished.save_importance(collected)

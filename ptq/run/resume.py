@@ -14,18 +14,20 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ptq.calibrate.importance import TokenImportance, to_keep
+from ptq.calibrate.importance import TokenImportance
 from ptq.calibrate.inputs import Inputs
 from ptq.export.checkpoint import Formats, check_layer, layer_tensors, restore_layer, shard_name
 from ptq.export.files import save_tensors, save_text, sync
 from ptq.export.layout import Layout
 from ptq.export.manifest import digests, read_manifest
+from ptq.run.curvature import Curvature, beside
 from ptq.run.fingerprint import differences
 from ptq.run.loop import LayerResult
 from ptq.run.record import Record
@@ -185,27 +187,6 @@ class Unfinished:
             writer.wait()
 
 
-class Curvature(Mapping[str, Tensor]):
-    """G of each linear by full name, packed (ptq.calibrate.importance.to_keep), a file each, read when it is asked for: a
-    model's may be more than its weights."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-
-    def keep(self, name: str, G: Tensor) -> None:
-        self._folder.mkdir(exist_ok=True)
-        save_tensors(self._folder / f"{name}.safetensors", {"G": to_keep(G)})
-
-    def __getitem__(self, name: str) -> Tensor:
-        return load_file(self._folder / f"{name}.safetensors")["G"]
-
-    def __iter__(self) -> Iterator[str]:
-        return (path.stem for path in sorted(self._folder.glob("*.safetensors")))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 class LayerWriter:
     """Writes a layer in another thread; at most one waits."""
 
@@ -216,21 +197,10 @@ class LayerWriter:
     def write(self, done: LayerResult) -> None:
         """Raises what writing the layer before raised."""
         tensors = layer_tensors(done.layer, done.quantized, self._layout)
-        ready = torch.cuda.Event() if next(iter(tensors.values())).is_cuda else None
-        if ready is not None:
-            ready.record()
+        write = partial(self._unfinished.write_layer, done, tensors, self._formats, self._layout)
+        ready = beside(write, next(iter(tensors.values())).device)
         self.wait()
-        self._last = self._pool.submit(self._write, done, tensors, ready)
-
-    def _write(self, done: LayerResult, tensors: dict[str, Tensor], ready: torch.cuda.Event | None) -> None:
-        if ready is None:
-            self._unfinished.write_layer(done, tensors, self._formats, self._layout)
-            return
-        # Copies and comparison go beside the work that the other thread has queued meanwhile.
-        stream = torch.cuda.Stream(next(iter(tensors.values())).device)
-        stream.wait_event(ready)
-        with torch.cuda.stream(stream):
-            self._unfinished.write_layer(done, tensors, self._formats, self._layout)
+        self._last = self._pool.submit(ready)
 
     def wait(self) -> None:
         if self._last is not None:
