@@ -191,7 +191,8 @@ def subtract_errors(errors, x_pointers, u_pointers, first, width, inside, WIDTH:
         u_pointers += WIDTH
 
 
-@triton.jit
+# Row panels of row feedback have any number of rows, which would compile it once more, and their losses lie anywhere.
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["loss_ptr"])
 def panel_kernel(
     x_ptr, u_ptr, blocks_ptr, g_ptr, c_ptr, q_ptr, scales_ptr, e_ptr, loss_ptr, rows, width,
     x_stride, u_stride, q_stride, scales_stride, e_stride, u_matrix, blocks_matrix, g_matrix, c_matrix,

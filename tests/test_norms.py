@@ -37,6 +37,7 @@ def test_only_what_does_the_same_is_replaced(family, kind):
     for part in norms:
         part.weight.data = torch.rand_like(part.weight)
     assert norms and all((eps_of(part) is not None) == kind for part in norms)
-    with fused_norms(model):
+    model = model.to(DEVICE)
+    with fused_norms(model), fused_norms(model):  # of one model under two names
         assert all(("forward" in vars(part)) == (kind and DEVICE == "cuda") for part in norms)
     assert not any("forward" in vars(part) for part in norms)

@@ -27,9 +27,10 @@ def eps_of(module: nn.Module) -> float | None:
 
 @contextmanager
 def fused_norms(module: nn.Module) -> Iterator[None]:
-    """Inside the block the RMSNorms in `module` that are on a GPU run as one kernel; sums of squares in another order."""
+    """Inside the block the RMSNorms in `module` that are on a GPU run as one kernel, those that do already left alone; sums of
+    squares in another order."""
     norms = [part for part in module.modules() if "norm" in type(part).__name__.lower()]
-    on_gpu = [part for part in norms if all(weight.is_cuda for weight in part.parameters())]
+    on_gpu = [part for part in norms if "forward" not in vars(part) and all(weight.is_cuda for weight in part.parameters())]
     found = {part: eps for part in on_gpu if (eps := eps_of(part)) is not None}
     for part, eps in found.items():
         part.forward = partial(kernels.rms_norm, weight=part.weight, eps=eps)  # type: ignore[method-assign,arg-type]
