@@ -55,18 +55,13 @@ def block_hessian(X: Tensor, block: int) -> Tensor:
     return out.sum(0)
 
 
-def add_full(H: Tensor, X: Tensor, strips: int | None = None) -> None:
-    """H (d, d) float32, symmetric, += Xᵀ X, in place.  X (tokens, d) bfloat16 or float16 on a GPU.
+def add_lower(H: Tensor, X: Tensor, strip: int) -> None:
+    """H (d, d) float32 += Xᵀ X, in place, but for what is above the `strip` × `strip` squares on its diagonal.  X (tokens, d)
+    bfloat16 or float16 on a GPU.
 
-    Products of 16-bit inputs are exact in float32, sums are float32.  Only the lower triangle is computed, in strips of columns
-    from the diagonal down, and mirrored: with four strips 5/8 of the products.  Without `strips`, as many as are fastest: one
-    up to 2048 columns, where launching takes longer than the products.
+    Products of 16-bit inputs are exact in float32, sums are float32.  With four strips 5/8 of the products.
     """
-    d = X.shape[1]
-    width = triton.cdiv(d, strips or (1 if d <= 2048 else 4 if d <= 8192 else 8))
-    for first in range(0, d, width):
-        own, below = slice(first, first + width), slice(first + width, None)
-        strip = H[first:, own]
-        torch.addmm(strip, X[:, first:].T, X[:, own], out_dtype=torch.float32, out=strip)
-        if first + width < d:
-            H[own, below] = H[below, own].T
+    for first in range(0, X.shape[1], strip):
+        own = slice(first, first + strip)
+        part = H[first:, own]
+        torch.addmm(part, X[:, first:].T, X[:, own], out_dtype=torch.float32, out=part)

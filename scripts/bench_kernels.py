@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ptq.calibrate.hessian import add_lower, mirror
 from ptq.core.formats import E4M3, INT4_G128, MXFP4, NVFP4, choose_tensor_scale, scale_values
 from ptq.core.linalg import damped, inverse_factor
 from ptq.functional import nvfp4_optimal_hessian
@@ -146,7 +147,7 @@ def memory_cases(rows: int, columns: int, tokens: int) -> Iterator[Case]:
         yield "drop_in_hessian", provider, f"{shape}x{tokens}", "float32", whole, lambda call=call: call(F, X=X)
     H = torch.zeros(columns, columns, device="cuda")
     product = 2 * tokens * columns**2 / BF16_PER_MS
-    yield "full_hessian", "ptq", inputs, "bfloat16", product, lambda: hessian.add_full(H, X)
+    yield "full_hessian", "ptq", inputs, "bfloat16", product, lambda: add_lower(H, X)
     yield "full_hessian", "torch float32", inputs, "bfloat16", product, lambda: H.addmm_(X.float().T, X.float())
 
 
@@ -162,8 +163,8 @@ def qwantize_hessians(X: Tensor, block: int = 16) -> Tensor:
 def gptq_cases(rows: int, n: int, tokens: int) -> Iterator[Case]:
     X = activations(tokens, n)
     H = torch.zeros(n, n, device="cuda")
-    hessian.add_full(H, X)
-    A = damped(H / tokens, 0.01)
+    add_lower(H, X)
+    A = damped(mirror(H) / tokens, 0.01)
     del H, X
     flops = LANES_PER_MS * 2
     yield "factor", "ptq", str(n), "float32", 2 * n**3 / 3 / flops, lambda: inverse_factor(A)

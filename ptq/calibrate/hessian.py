@@ -3,7 +3,7 @@
 H = mean over calibration tokens of x xᵀ.  "Hessian" is the field's word; the true one is twice this.  Sums are float32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
@@ -13,24 +13,41 @@ from ptq.calibrate.observe import Observed
 from ptq.kernels import hessian as kernels
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-STRIPS = 4  # of rows, each multiplied up to the diagonal only: 5/8 of the products
 
 
-def add_full(H: Tensor, X: Tensor) -> None:
-    """H (d_in, d_in) += Xᵀ X, in place.  X (tokens, d_in), any float dtype; 16-bit ones on a GPU are not widened first."""
+def strip_width(H: Tensor) -> int:
+    """Columns of the strips that `add_lower` multiplies from the diagonal down: on a GPU as many as are fastest, one strip up to
+    2048 columns, where launching takes longer than the products."""
+    d = H.shape[-1]
+    return -(-d // (4 if not H.is_cuda else 1 if d <= 2048 else 4 if d <= 8192 else 8))
+
+
+def add_lower(H: Tensor, X: Tensor) -> None:
+    """H (d_in, d_in) += Xᵀ X, in place, but for what is above the squares on its diagonal: `mirror` fills that in at the end.
+
+    X (tokens, d_in), any float dtype; 16-bit ones on a GPU are not widened first.
+    """
+    strip = strip_width(H)
     if X.is_cuda and X.dtype in SIXTEEN_BITS:
-        kernels.add_full(H, X)
+        kernels.add_lower(H, X, strip)
         return
     X = X.to(H.dtype)
-    strip = -(-len(H) // STRIPS)
-    for start in range(0, len(H), strip):  # what is above the diagonal is below it already
+    for start in range(0, len(H), strip):
         own = slice(start, start + strip)
         H[own, : own.stop].addmm_(X[:, own].T, X[:, : own.stop])
-        H[:start, own] = H[own, :start].T
+
+
+def mirror(H: Tensor) -> Tensor:
+    """H (..., d_in, d_in), whole: what `add_lower` left out is what is across the diagonal.  In place."""
+    strip = strip_width(H)
+    for start in range(strip, H.shape[-1], strip):
+        own = slice(start, start + strip)
+        H[..., :start, own] = H[..., own, :start].mT
+    return H
 
 
 def add_product(C: Tensor, A: Tensor, B: Tensor) -> None:
-    """C (a, b) += Aᵀ B, in place.  A (tokens, a) and B (tokens, b) of one float dtype; 16-bit ones as in `add_full`."""
+    """C (a, b) += Aᵀ B, in place.  A (tokens, a) and B (tokens, b) of one float dtype; 16-bit ones as in `add_lower`."""
     if A.is_cuda and A.dtype in SIXTEEN_BITS:
         torch.addmm(C, A.T, B, out_dtype=torch.float32, out=C)
         return
@@ -69,14 +86,14 @@ class Hessian:
         self.sum = torch.zeros(shape, dtype=torch.float32, device=device)
         self.weight = torch.zeros((), dtype=torch.float64, device=device)
         self.tokens = 0
-        self._add: Callable[[Tensor, Tensor], None] = add_full if block is None else add_blocks
+        self._whole = block is None
 
     def add(self, X: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens X (..., d_in), each counting for weights (...), 1 without."""
         X = X.flatten(0, -2)
         if weights is not None:
             X = weighted(X, weights.to(X.device).flatten())
-        self._add(self.sum, X)
+        (add_lower if self._whole else add_blocks)(self.sum, X)
         self.weight += X.shape[0] if weights is None else weights.sum(dtype=torch.float64).to(self.weight.device)
         self.tokens += X.shape[0]
 
@@ -90,7 +107,10 @@ class Hessian:
     def mean(self) -> Tensor:
         """H.  Raises ValueError where no token came, where none counts, or where an activation was not finite."""
         self._check()
-        return self.sum / self.weight.float()
+        return self._mirrored() / self.weight.float()
+
+    def _mirrored(self) -> Tensor:
+        return mirror(self.sum) if self._whole else self.sum
 
     def _check(self) -> None:
         if not self.tokens:
@@ -105,12 +125,12 @@ class Hessian:
     def take_mean(self) -> Tensor:
         """H in the memory of the sum, which is gone then; raises as `mean`."""
         self._check()
-        return self.sum.div_(self.weight.float())
+        return self._mirrored().div_(self.weight.float())
 
     @staticmethod
     def stack_means(parts: Sequence["Hessian"]) -> tuple[Tensor, Tensor]:
         """(H (e, d_in, d_in), weights (e,)) of several; raises as `mean`, without saying of which."""
-        H, weights = torch.stack([part.sum for part in parts]), torch.stack([part.weight for part in parts])
+        H, weights = torch.stack([part._mirrored() for part in parts]), torch.stack([part.weight for part in parts])
         sound = (weights > 0) & H.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
         if not all(part.tokens for part in parts) or not sound.all():
             raise ValueError("no calibration tokens arrived, or non-finite ones")

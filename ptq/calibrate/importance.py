@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.calibrate.activations import Activations, belongs_on_host, each_batch, embed_all, propagate
-from ptq.calibrate.hessian import add_full
+from ptq.calibrate.hessian import add_lower
 from ptq.core.linalg import pack_symmetric
 from ptq.runtime.adapter import Adapter, Layer
 from ptq.runtime.clock import phase
@@ -66,7 +66,8 @@ def token_importance(
     model's own predictions, which makes the weights the Fisher information of its outputs.  `first`: the number of the first
     sequence, by which labels are drawn.  `segment`: layers whose graph is kept at once, for two `segment`-ths of a batch;
     `groups`: sequences that no batch mixes.  `curvature` is called with the full name of every linear and its G (d_out, d_out)
-    float32, on the device; `progress` with each layer's name on the way down.  `watcher` is shown every gradient.
+    float32, on the device, of which what is above the diagonal may be missing; `progress` with each layer's name on the way
+    down.  `watcher` is shown every gradient.
     """
     tokens = torch.cat(list(batches))
     with phase("importance"), torch.no_grad():
@@ -163,7 +164,7 @@ def descend(
             (gradient,) = torch.autograd.grad(y, x, gradient)
         if curvature is not None:  # only now: a batch that runs out of memory comes again
             for linear, _, g in gradients:
-                add_full(G[linear], g.flatten(0, -2))
+                add_lower(G[linear], g.flatten(0, -2))
         if watcher is not None:
             watcher.see(gradients)
         hidden.store(rows, gradient)
