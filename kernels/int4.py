@@ -16,63 +16,24 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from einops import rearrange
 from torch import Tensor
 
 from ptq.core.formats import BF16, INT4, Format
 from ptq.core.scales import or_identity, schur_complements
 from ptq.kernels.rounding import FIRST_BF16, INT4_SHIFT, LAST_BF16, absmax_bf16, decode_bf16, quotient
 from ptq.kernels.search import MARGIN
+from ptq.kernels.tiles import COLUMNS, add_errors, as_tiles, columns_of, scalars, tile_of, zero_sums
 
-# Columns taken at a time, the least that the matrix units take.
-COLUMNS = tl.constexpr(16)
 # Rows × candidates of a program, one warp.
 ROWS, CANDIDATES = 4, 8
 # Candidates below the absmax scale where the search begins: the best is seldom further below, and seldom above absmax.
 BELOW = 13
-# Registers of a thread: three warps for each scheduler of a multiprocessor.
+# Registers of a thread: three warps for each scheduler of a multiprocessor.  Larger blocks need all that there are.
 REGISTERS = 168
 # Rows of a program that rounds them under their scales.
 ROWS_TO_ROUND = 16
 # Ratios beyond are taken for this: far from what GPTQ meets, within what float16 holds.
 LARGEST_RATIO = 60000.0
-
-
-@triton.jit
-def columns_of(tile):
-    """The columns of tile (lines, COLUMNS), a tuple of tensors (lines,).  Nothing moves where a thread has a whole line."""
-    columns = (tile,)
-    for level in tl.static_range(4):
-        even = ()
-        odd = ()
-        for i in tl.static_range(len(columns)):
-            a, b = tl.split(tl.reshape(columns[i], [tile.shape[0], COLUMNS // 2 >> level, 2]))
-            even = even + (a,)
-            odd = odd + (b,)
-        columns = even + odd
-    flat = ()
-    for i in tl.static_range(len(columns)):
-        flat = flat + (tl.reshape(columns[i], [tile.shape[0]]),)
-    return flat
-
-
-@triton.jit
-def tile_of(columns):
-    """The inverse of `columns_of`."""
-    LINES: tl.constexpr = columns[0].shape[0]
-    tiles = columns
-    for level in tl.static_range(4):
-        joined = ()
-        for i in tl.static_range(len(tiles) // 2):
-            joined = joined + (tl.reshape(tl.join(tiles[i], tiles[i + len(tiles) // 2]), [LINES, 2 << level]),)
-        tiles = joined
-    return tiles[0]
-
-
-@triton.jit
-def scalars(pointer):
-    """The COLUMNS values from `pointer` on, a tuple of tensors (1,), which every thread loads four at a time."""
-    return columns_of(tl.load(pointer + tl.arange(0, COLUMNS)[None, :]))
 
 
 @triton.jit
@@ -104,61 +65,6 @@ def round_columns(x_ptr, s, inverse, before, r_ptr, first, K: tl.constexpr, RULE
         z = z + (total,)
         r = r + (scalars(r_ptr + (first + c) * K + first),)
     return q, e, z
-
-
-@triton.jit
-def zero_sums(LINES: tl.constexpr, K: tl.constexpr):
-    """Σ e_m R_mc at the start: a tile (COLUMNS, LINES) for each COLUMNS columns."""
-    sums = ()
-    for _ in tl.static_range(K // COLUMNS):
-        sums = sums + (tl.zeros([COLUMNS, LINES], tl.float32),)
-    return sums
-
-
-@triton.jit
-def load_tile(tiles_ptr, index, K: tl.constexpr):
-    """A tile of `as_tiles`, transposed; the last one again after the last.  In float16 nothing moves between threads."""
-    pointer = tiles_ptr + tl.minimum(index, (K // COLUMNS) * (K // COLUMNS) - 1) * (COLUMNS * COLUMNS)
-    tile = tl.load(pointer + tl.arange(0, COLUMNS * COLUMNS))
-    return tl.reshape(tl.permute(tl.reshape(tile, [8, 4, 2, 2, 2]), [3, 0, 1, 2, 4]), [COLUMNS, COLUMNS])
-
-
-@triton.jit
-def add_to_tiles(sums, errors, tiles_ptr, diagonal, K: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """The tiles FIRST … LAST - 1 of `sums` with errors added, a tuple.  errors: two float16 pieces, or float32 alone."""
-    later = ()
-    for i in tl.static_range(FIRST, LAST):
-        r = load_tile(tiles_ptr, diagonal + i, K)
-        if len(errors) == 2:
-            rest = load_tile(tiles_ptr + K * K, diagonal + i, K)
-            total = tl.dot(rest, errors[0], tl.dot(r, errors[1], sums[i]))
-            later = later + (tl.dot(r, errors[0], total),)
-        else:
-            later = later + (tl.dot(r, errors[0], sums[i], input_precision="tf32x3"),)
-    return later
-
-
-@triton.jit
-def add_errors(sums, e, tiles_ptr, first, K: tl.constexpr):
-    """Σ e_m R_mc of the columns after the COLUMNS from `first` on, with their errors e added.
-
-    What is summed for columns after the block is not used, and half of it not computed.
-    """
-    TILES: tl.constexpr = K // COLUMNS
-    errors = tl.trans(tile_of(e))
-    if tiles_ptr.dtype.element_ty == tl.float16:
-        high = errors.to(tl.float16)
-        pieces = (high, (errors - high.to(tl.float32)).to(tl.float16))
-    else:
-        pieces = (errors,)
-    diagonal = first // COLUMNS * (TILES + 1)
-    near = add_to_tiles(sums, pieces, tiles_ptr, diagonal, K, 1, TILES // 2)
-    far = ()
-    for i in tl.static_range(TILES // 2 - 1, TILES - 1):
-        far = far + (sums[i],)
-    if first < K // 2:
-        far = add_to_tiles(sums, pieces, tiles_ptr, diagonal, K, TILES // 2, TILES)
-    return near + far + (tl.zeros(errors.shape, tl.float32),)
 
 
 @triton.jit
@@ -215,8 +121,8 @@ def lines_of(x, ROWS: tl.constexpr, CANDIDATES: tl.constexpr):
 
 @triton.jit
 def choose_code(
-    x_ptr, magnitudes, r_ptr, tiles_ptr, d_ptr, c, K: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr, BELOW: tl.constexpr,
-    STRIDE: tl.constexpr, RULE: tl.constexpr,
+    x_ptr, magnitudes, r_ptr, tiles_ptr, d_ptr, c, K: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr,
+    BELOW: tl.constexpr, STRIDE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """The code (ROWS, 1) of smallest loss."""
     amax = tl.max(magnitudes, axis=1)[:, None]
@@ -262,8 +168,8 @@ def choose_code(
     return best_code
 
 
-# Scales of a block lie anywhere in their row.
-@triton.jit(do_not_specialize_on_alignment=["scales_ptr"])
+# Scales of a block lie anywhere in their row; one compilation serves every number of rows and blocks.
+@triton.jit(do_not_specialize=["rows", "scales_stride"], do_not_specialize_on_alignment=["scales_ptr"])
 def choose_kernel(
     x_ptr, r_ptr, tiles_ptr, d_ptr, c_ptr, scales_ptr, rows, x_stride, scales_stride, r_matrix, tiles_matrix, d_matrix,
     K: tl.constexpr, ROWS: tl.constexpr, CANDIDATES: tl.constexpr, BELOW: tl.constexpr, STRIDE: tl.constexpr, RULE: tl.constexpr,
@@ -288,7 +194,7 @@ def choose_kernel(
     tl.store(scales_ptr + row * scales_stride, decode_bf16(code))
 
 
-@triton.jit(do_not_specialize_on_alignment=["scales_ptr"])
+@triton.jit(do_not_specialize=["rows", "scales_stride"], do_not_specialize_on_alignment=["scales_ptr"])
 def round_kernel(
     x_ptr, r_ptr, tiles_ptr, d_ptr, scales_ptr, q_ptr, e_ptr, loss_ptr, rows, x_stride, scales_stride, q_stride, e_stride, r_matrix,
     tiles_matrix, d_matrix, K: tl.constexpr, ROWS: tl.constexpr,
@@ -347,12 +253,6 @@ def block_factors(H_blocks: Tensor, U_blocks: Tensor, rule: str) -> tuple[Tensor
     return tuple(t.contiguous() for t in (*to_round, R, torch.stack([high, (tiles - high.float()).half()], 1), d, c))
 
 
-def as_tiles(R: Tensor) -> Tensor:
-    """R (b, k, k) in tiles of 16 × 16 one after the other, (b, k · k): each as the threads of a warp hold its transpose for their
-    matrix units, eight values a thread."""
-    return rearrange(R, "b (i t pair two) (j half g) -> b (i j g t pair half two)", i=R.shape[-1] // 16, t=4, two=2, half=2, g=8)
-
-
 def launch_block(
     x: Tensor, factors: Sequence[Tensor], q: Tensor, scales: Tensor, E: Tensor, loss: Tensor, format: Format, rule: str
 ) -> None:
@@ -367,8 +267,9 @@ def launch_block(
     matrices, rows, k = x.shape
     choose_kernel[(triton.cdiv(rows, ROWS), matrices)](
         x, R, tiles, d, c, scales, rows, x.stride(1), scales.stride(1), *(t.stride(0) for t in (R, tiles, d)),
-        K=k, ROWS=ROWS, CANDIDATES=CANDIDATES if k <= 128 else CANDIDATES // 2, BELOW=BELOW, STRIDE=format.grid.stride,
-        RULE="quadratic" if rule in ("local", "schur") else rule, num_warps=1, maxnreg=REGISTERS,
+        K=k, ROWS=ROWS, CANDIDATES=CANDIDATES, BELOW=BELOW, STRIDE=format.grid.stride,
+        RULE="quadratic" if rule in ("local", "schur") else rule, num_warps=1,
+        maxnreg=REGISTERS if k <= 128 else None,
     )  # fmt: skip
     round_kernel[(triton.cdiv(rows, ROWS_TO_ROUND), matrices)](
         x, R_round, tiles_round, d_round, scales, q, E, loss, rows, *(t.stride(1) for t in (x, scales, q, E)),
