@@ -36,8 +36,8 @@ def keep_kernel(
     what is left, target - q · scale, in pieces for those below.  Tile t has row panel `first_row` + t, column panel
     `first_panel` + t."""
     t = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
+    element = tl.arange(0, ROWS * COLUMNS)
+    row, column = tl.program_id(1) * ROWS + element // COLUMNS, element % COLUMNS
     inside = (row < rows) & (column < P)
     own = (t * rows + row) * P + column
     whole_row, panel = (first_row + t) * rows + row, first_panel + t

@@ -55,9 +55,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def quicker_interpreter() -> None:
-    from .interpreter import make_quicker
+    if not torch.cuda.is_available():  # what it keeps of one compilation is not for the next
+        from .interpreter import make_quicker
 
-    make_quicker()
+        make_quicker()
 
 
 @pytest.fixture(autouse=True)
