@@ -28,8 +28,6 @@ from ptq.kernels.tiles import COLUMNS, add_errors, as_tiles, columns_of, scalars
 ROWS, CANDIDATES = 4, 8
 # Candidates below the absmax scale where the search begins: the best is seldom further below, and seldom above absmax.
 BELOW = 13
-# Registers of a thread: three warps for each scheduler of a multiprocessor.  Larger blocks need all that there are.
-REGISTERS = 168
 # Rows of a program that rounds them under their scales.
 ROWS_TO_ROUND = 16
 # Ratios beyond are taken for this: far from what GPTQ meets, within what float16 holds.
@@ -68,9 +66,7 @@ def round_columns(x_ptr, s, inverse, before, r_ptr, first, K: tl.constexpr, RULE
 
 
 @triton.jit
-def candidate_loss(
-    x_ptr, s, possible, best, r_ptr, tiles_ptr, d_ptr, K: tl.constexpr, RULE: tl.constexpr
-):  # fmt: skip
+def candidate_loss(x_ptr, s, possible, best, r_ptr, tiles_ptr, d_ptr, K: tl.constexpr, RULE: tl.constexpr):
     """(loss, largest |code value|, of `joint` alone) of scales s (lines,); where all are above `best`, over the columns up to
     there."""
     inverse = tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
@@ -269,7 +265,6 @@ def launch_block(
         x, R, tiles, d, c, scales, rows, x.stride(1), scales.stride(1), *(t.stride(0) for t in (R, tiles, d)),
         K=k, ROWS=ROWS, CANDIDATES=CANDIDATES, BELOW=BELOW, STRIDE=format.grid.stride,
         RULE="quadratic" if rule in ("local", "schur") else rule, num_warps=1,
-        maxnreg=REGISTERS if k <= 128 else None,
     )  # fmt: skip
     round_kernel[(triton.cdiv(rows, ROWS_TO_ROUND), matrices)](
         x, R_round, tiles_round, d_round, scales, q, E, loss, rows, *(t.stride(1) for t in (x, scales, q, E)),
