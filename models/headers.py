@@ -85,6 +85,9 @@ class Headers:
     def head(self) -> Layer:
         return Layer(len(self.kinds), "lm_head", self.model.get_output_embeddings())
 
+    def embedding(self) -> Layer:
+        return Layer(-1, "model.embed_tokens", self.model.get_input_embeddings())
+
     def plan(self, layer: Layer) -> LayerPlan:
         return self.kinds[layer.index].plan if layer.index < len(self.kinds) else HEAD
 
@@ -131,9 +134,11 @@ def described(config: Mapping[str, Any], family: Family, stored: Mapping[str, tu
     if wanted != stored:
         return None
     head = nn.Linear(words["d"], words["words"], bias=False, device="meta")
+    embedding = nn.Embedding(words["words"], words["d"], device="meta")
     model = SimpleNamespace(
-        config=SimpleNamespace(**config | {"tie_word_embeddings": tied}), get_output_embeddings=lambda: head
-    )
+        config=SimpleNamespace(**config | {"tie_word_embeddings": tied}),
+        get_output_embeddings=lambda: head, get_input_embeddings=lambda: embedding,
+    )  # fmt: skip
     return Headers(of_each, family, model, sum(map(math.prod, wanted.values())))
 
 
