@@ -54,7 +54,8 @@ tokenizer = AutoTokenizer.from_pretrained("MODEL")
 
 def kept(plan: Plan) -> str:
     """What is in no format."""
-    names = ["embeddings"][: plan.first + 1] + ["norms"] + ["the output head"][: "lm_head" not in plan.recipes]
+    head = [] if "lm_head" in plan.recipes else ["the output head"]
+    names = [*(["embeddings"] if plan.first == 0 else []), "norms", *head]
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])).capitalize()
 
 

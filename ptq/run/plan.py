@@ -151,9 +151,7 @@ def examine(adapter: Skeleton, rules: Rules) -> tuple[Plan, list[str]]:
             what = "--ignore" if recipe is None else "rule"
             problems.append(f"{what} {pattern!r} matches no linear; names look like {next(iter(linears), '(none)')}")
         elif recipe is not None and last_name(end) not in pattern:
-            problems.append(
-                f"rule {pattern!r} is for {end.name} alone, which only a rule with its name in it is for: write it"
-            )
+            problems.append(f"rule {pattern!r} is for {end.name} alone, which only a rule with its name in it is for: write it")
     if head.name in recipes and recipes[head.name].row_feedback:
         problems.append(f"{head.name} has too many rows to feed errors forward over them; give its rule row_feedback: false")
     problems += block_problems(linears, recipes)
@@ -182,6 +180,8 @@ def embedding_problems(embedding: Layer, recipe: Recipe) -> list[str]:
         )
     if recipe.activation:
         found.append(f"{embedding.name} reads token ids, which are not rounded; leave activations out of its rule")
+    if list(embedding.module.buffers()):
+        found.append(f"{embedding.name} scales its rows, and transformers 5.23 rounds that factor then; leave out its rule")
     return found
 
 
