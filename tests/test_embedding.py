@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ptq.core.activations import FP8_TOKEN_INPUT
 from ptq.core.formats import FP8_ROWS
+from ptq.cost.preview import make_preview
 from ptq.export.check import check
 from ptq.methods.rtn import quantize as round_to_nearest
 from ptq.models.adapter import ModelAdapter
@@ -61,7 +62,7 @@ def test_reads_back_as_written(tmp_path, tied, head):
     assert (about["name"], about["method"], about["rule"], tuple(about["shape"])) == (NAME, "rtn", "mse", (64, 64))
     assert 0 < about["error"] < about["rtn_error"] < 0.05 and 0 < about["validation_error"] < 0.05
     (finding,) = check(result.folder)
-    assert finding.place == NAME and "vLLM 0.26.0 loads none of" in finding.sentence
+    assert finding.place == NAME and "vLLM 0.26.0 does not" in finding.sentence
 
 
 def test_of_a_mixture_too_which_compressed_tensors_reads(tmp_path):
@@ -173,6 +174,8 @@ def test_a_plan_from_headers_counts_them(tmp_path, tied):
     # two layers' norms, the last one, and the head stay in 16 bits
     others = plan.weights - 64 * 64
     assert plan.checkpoint_bytes(adapter.parameters()) == 2 * (5 * 64 + 64 * 64) + 64 * 64 + others * 4.5 / 8
+    preview = make_preview(seen, rules, 64, 128, "none", batch=None, on_host=None, ranks=1, output=tmp_path)
+    assert f"fp8 and nvfp4: {(8 * 64 * 64 + 4.5 * others) / plan.weights:g} bits a weight" in preview.text()
 
 
 def test_the_card_and_the_baseline_know_of_them(tmp_path):

@@ -69,7 +69,7 @@ def check_embeddings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Which only transformers reads in FP8."""
     for name, about in checkpoint.about.items():
         if name.endswith("embed_tokens.weight") and about["dtype"] == "F8_E4M3":
-            sentence = "its rows are in FP8, which transformers reads and vLLM 0.26.0 loads none of"
+            sentence = "its rows are in FP8, which transformers reads and vLLM 0.26.0 does not"
             yield Finding(WARNING, name.removesuffix(".weight"), sentence, "leave embeddings in 16 bits to serve it there")
 
 
