@@ -41,8 +41,7 @@ def rounded(weight: torch.Tensor) -> torch.Tensor:
     return round_to_nearest(weight, FP8_ROWS, rule="mse").dequantize().to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("head", ["bfloat16", "nvfp4"])
+@pytest.mark.parametrize("tied, head", [(False, "bfloat16"), (True, "bfloat16"), (True, "nvfp4")])
 def test_reads_back_as_written(tmp_path, tied, head):
     """Row by row in transformers; the head keeps the original's weights, also where both had them, or has its own rule."""
     model = save_tiny(tmp_path / "model", dtype=torch.bfloat16, tie_word_embeddings=tied)
@@ -118,23 +117,22 @@ def test_in_place_and_from_disk_the_same(tmp_path):
     assert torch.equal(model.get_output_embeddings().weight, before)
 
 
-@pytest.mark.parametrize("index", [-1, 1])
-def test_a_run_that_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch, index):
-    """When the layer of that number, the embeddings being -1, is to be written."""
+def test_a_run_that_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    """When the embeddings and a layer have been written."""
     save_tiny(tmp_path / "model", tie_word_embeddings=True)
     given = {"model": tmp_path / "model", "rules": [("embed_tokens", "fp8")]}
     whole = quantize(**given, output=tmp_path / "whole")
     write = Unfinished.write_layer
 
     def full(self, done, *arguments):
-        if done.layer.index == index:
+        if done.layer.index == 1:
             raise OSError(28, "No space left on device")
         write(self, done, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(Unfinished, "write_layer", full)
         quantize(**given, output=tmp_path / "out")
-    assert len(list((unfinished_folder(tmp_path / "out") / "layers").glob("*"))) == index + 1
+    assert len(list((unfinished_folder(tmp_path / "out") / "layers").iterdir())) == 2
     again = quantize(**given, output=tmp_path / "out", resume=True)
     assert shards(again) == shards(whole)
     assert [one["name"] for one in again.report.linears] == [one["name"] for one in whole.report.linears]
