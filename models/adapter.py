@@ -38,6 +38,7 @@ class ModelAdapter:
         self.prefix = next(name for name, module in model.named_modules() if module is self._body) + ".layers."
         self.names = tuple(f"{self.prefix}{index}" for index in range(model.config.num_hidden_layers))
         self._head_name = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+        self._embedding_name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
         self._calls: dict[tuple[int, torch.dtype, torch.device], list[Call]] = {}
         self._plans: dict[tuple, LayerPlan] = {}
 
@@ -49,14 +50,19 @@ class ModelAdapter:
         """How many there are."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, embedding: Layer | None = None) -> Tensor:
         first: list[Tensor] = []
+        own = self.model.get_input_embeddings()
 
         def note(index: int, hidden: Tensor, call: Call) -> Tensor:
             first.append(hidden)
             raise StopForward
 
-        self._run_body(note, input_ids=tokens, attention_mask=no_mask(tokens))
+        self.model.set_input_embeddings(embedding.module if embedding else own)
+        try:
+            self._run_body(note, input_ids=tokens, attention_mask=no_mask(tokens))
+        finally:
+            self.model.set_input_embeddings(own)
         return first[0]
 
     def skeleton(self) -> Iterator[Layer]:
@@ -69,11 +75,16 @@ class ModelAdapter:
     def head(self) -> Layer:
         return self._layer(len(self.names), self._module(len(self.names)))
 
+    def embedding(self) -> Layer:
+        return self._layer(-1, self._module(-1))
+
     def _module(self, index: int) -> nn.Module:
+        if index < 0:
+            return self.model.get_input_embeddings()
         return self._body.layers[index] if index < len(self.names) else self.model.get_output_embeddings()  # type: ignore[return-value]
 
     def _layer(self, index: int, module: nn.Module) -> Layer:
-        return Layer(index, (*self.names, self._head_name)[index], module, self.family.renamed)
+        return Layer(index, (*self.names, self._head_name, self._embedding_name)[index], module, self.family.renamed)
 
     def forward(self, layer: Layer, hidden: Tensor) -> Tensor:
         if layer.index == len(self.names):

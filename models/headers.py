@@ -32,6 +32,7 @@ USUAL: dict[str, tuple[object, ...]] = {
 UNUSUAL: dict[str, dict[str, tuple[object, ...]]] = {
     "gpt_oss": {"attention_bias": (True,)}, "llama4_text": {"moe_layers": ([],)},
 }  # fmt: skip
+SCALED = ("gemma2", "gemma3_text")  # rows of the embeddings, by a factor that they hold
 TIED = ("smollm3", "gemma2", "gemma3_text", "cohere2")  # unless their config says otherwise
 Shapes = dict[str, tuple[int, ...]]
 
@@ -85,6 +86,9 @@ class Headers:
     def head(self) -> Layer:
         return Layer(len(self.kinds), "lm_head", self.model.get_output_embeddings())
 
+    def embedding(self) -> Layer:
+        return Layer(-1, "model.embed_tokens", self.model.get_input_embeddings())
+
     def plan(self, layer: Layer) -> LayerPlan:
         return self.kinds[layer.index].plan if layer.index < len(self.kinds) else HEAD
 
@@ -131,9 +135,13 @@ def described(config: Mapping[str, Any], family: Family, stored: Mapping[str, tu
     if wanted != stored:
         return None
     head = nn.Linear(words["d"], words["words"], bias=False, device="meta")
+    embedding = nn.Embedding(words["words"], words["d"], device="meta")
+    if kind in SCALED:
+        embedding.register_buffer("embed_scale", embedding.weight.detach()[0, 0], persistent=False)
     model = SimpleNamespace(
-        config=SimpleNamespace(**config | {"tie_word_embeddings": tied}), get_output_embeddings=lambda: head
-    )
+        config=SimpleNamespace(**config | {"tie_word_embeddings": tied}),
+        get_output_embeddings=lambda: head, get_input_embeddings=lambda: embedding,
+    )  # fmt: skip
     return Headers(of_each, family, model, sum(map(math.prod, wanted.values())))
 
 

@@ -36,22 +36,22 @@ class StreamingAdapter(ModelAdapter):
         for module in self.model.modules():
             fill_buffers(self.model, module, self.device)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        self._load(but={f"{self._head_name}.weight"})
-        return super().embed(tokens)
+    def embed(self, tokens: Tensor, embedding: Layer | None = None) -> Tensor:
+        self._load(but={f"{self._head_name}.weight"} | ({f"{self._embedding_name}.weight"} if embedding else set()))
+        return super().embed(tokens, embedding)
 
     def logits(self, hidden: Tensor, head: Layer | None = None) -> Tensor:
-        self._load(but=set() if self.config.tie_word_embeddings else {self._embedding_name()})
+        self._load(but=set() if self.config.tie_word_embeddings else {f"{self._embedding_name}.weight"})
         return super().logits(hidden, head)
 
     def _after_layers(self, hidden: Tensor) -> Tensor:
-        self._load(but={self._embedding_name(), f"{self._head_name}.weight"})
+        self._load(but={f"{self._embedding_name}.weight", f"{self._head_name}.weight"})
         return super()._after_layers(hidden)
 
     def untie(self) -> None:
         if self.config.tie_word_embeddings:
             self._unload()
-            self._read = renaming(self._read, f"{self._head_name}.weight", self._embedding_name())
+            self._read = renaming(self._read, f"{self._head_name}.weight", f"{self._embedding_name}.weight")
         super().untie()
 
     def skeleton(self) -> Iterator[Layer]:
@@ -124,10 +124,6 @@ class StreamingAdapter(ModelAdapter):
         """Makes the output head's weight the embedding's, where the config says so."""
         if self.config.tie_word_embeddings:
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight  # type: ignore[union-attr]
-
-    def _embedding_name(self) -> str:
-        embedding = self.model.get_input_embeddings()
-        return next(f"{name}.weight" for name, module in self.model.named_modules() if module is embedding)
 
     def _buffers_on(self) -> torch.device:
         return self.device

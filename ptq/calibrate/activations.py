@@ -115,13 +115,19 @@ class Activations:
 
 
 def embed_all(
-    adapter: Adapter, batches: Sequence[Tensor], on_host: bool | None = None, groups: Sequence[slice] | None = None
+    adapter: Adapter,
+    batches: Sequence[Tensor],
+    on_host: bool | None = None,
+    groups: Sequence[slice] | None = None,
+    *,
+    embedding: Layer | None = None,
+    hidden: Activations | None = None,
 ) -> Activations:
-    """The first layer's input for all sequences; a batch is as many of them as the first of `batches` has."""
-    hidden = None
+    """The first layer's input for all sequences, by `embedding` in the place of the model's own; a batch is as many of them as
+    the first of `batches` has.  `hidden`: what is overwritten with it."""
     start = 0
     for tokens in batches:
-        x = adapter.embed(tokens)
+        x = adapter.embed(tokens, embedding)
         if hidden is None:
             shape = (sum(len(part) for part in batches), *x.shape[1:])
             hidden = Activations(shape, x.dtype, x.device, len(batches[0]), on_host, groups)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ptq.calibrate.activations import Activations, each_batch
+from ptq.calibrate.activations import Activations, each_batch, embed_all
 from ptq.runtime.adapter import Adapter, Layer, LayerPlan
 from ptq.runtime.hooks import observe_outputs
 
@@ -12,11 +12,15 @@ class Validation:
     """A few sequences on their way through both models, layer by layer: tokens (n, length) at first, `batch` at once."""
 
     def __init__(self, adapter: Adapter, tokens: Tensor, batch: int):
-        self._adapter = adapter
-        first = torch.cat([adapter.embed(part) for part in tokens.split(batch)])
-        self._original, self._quantized = (Activations(first.shape, first.dtype, first.device, batch) for _ in range(2))
-        for states in (self._original, self._quantized):
-            states.store(slice(0, len(first)), first)
+        self._adapter, self._tokens = adapter, tokens.split(batch)
+        self._original, self._quantized = (embed_all(adapter, self._tokens) for _ in range(2))
+
+    @torch.no_grad()
+    def embed(self, embedding: Layer) -> float:
+        """The quantized model has this embedding from now on.  ‖ŷ - y‖ / ‖y‖ as `measure`."""
+        embed_all(self._adapter, self._tokens, embedding=embedding, hidden=self._quantized)
+        y, whole = (states.load(slice(0, len(states))).float() for states in (self._quantized, self._original))
+        return float((y - whole).norm() / whole.norm())
 
     @torch.no_grad()
     def measure(self, original: Layer, layer: Layer, plan: LayerPlan) -> dict[str, float]:

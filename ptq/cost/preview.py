@@ -62,7 +62,7 @@ class Preview:
         whole = 8 * self.output / self.parameters
         place = "host" if memory.kept_on_host else "GPU"
         formats = " and ".join(dict.fromkeys(format.name for format in plan.formats.values()))
-        bits = 8 * (self.output - 2 * (self.parameters - plan.weights)) / plan.weights
+        bits = 8 * (self.output - 2 * (self.parameters + plan.untied - plan.weights)) / plan.weights
         lines = [
             f"{len(plan.linears)} linears, {plan.weights / 1e6:.1f} of {self.parameters / 1e6:.1f} million parameters, "
             f"{len(plan.ignored)} linears left alone",

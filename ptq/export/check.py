@@ -35,6 +35,7 @@ def check(folder: Path | str) -> list[Finding]:
         check_scales(checkpoint, [name for name in checkpoint.linears if name not in broken]),
         check_parallel(checkpoint),
         check_names(checkpoint),
+        check_embeddings(checkpoint),
         check_two_configs(checkpoint),
         check_tokenizer(folder),
         check_manifest(folder),
@@ -62,6 +63,14 @@ def check_names(checkpoint: Checkpoint) -> Iterator[Finding]:
     for name in dense:
         if not any(matches(pattern, name) for pattern in ignored) and targeted(checkpoint, name):
             yield Finding(ERROR, name, "its weight is not quantized, and the configuration says it is", "put it into ignore")
+
+
+def check_embeddings(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Which only transformers reads in FP8."""
+    for name, about in checkpoint.about.items():
+        if name.endswith("embed_tokens.weight") and about["dtype"] == "F8_E4M3":
+            sentence = "its rows are in FP8, which transformers reads and vLLM 0.26.0 does not"
+            yield Finding(WARNING, name.removesuffix(".weight"), sentence, "leave embeddings in 16 bits to serve it there")
 
 
 def modules(checkpoint: Checkpoint) -> set[str]:

@@ -32,7 +32,8 @@ class ReadBackError(RuntimeError):
 
 
 def shard_name(index: int, layers: int) -> str:
-    """File of layer `index`, which depends on nothing else, or with -1 of the tensors outside of the layers."""
+    """File of layer `index`, which depends on nothing else, or with -1 of the tensors outside of the layers, the embeddings among
+    them."""
     return f"model-{index + 2:05}-of-{layers + 1:05}.safetensors"
 
 
@@ -73,10 +74,10 @@ def restore_layer(layer: Layer, tensors: Mapping[str, Tensor], formats: Formats,
     changed (ptq.run.smoothing).  Returns the linears' quantized inputs."""
     weights = stored_weights(layer, tensors, formats, layout)
     for name, weight in weights.items():
-        linear = layer.linear(name)
-        linear.weight.data.copy_(weight.dequantize())
+        held = layer.weight(name)
+        held.data.copy_(weight.dequantize())
         if weight.input_scale is not None:
-            weights[name] = replace(weight, input_scale=weight.input_scale.to(linear.weight.device))
+            weights[name] = replace(weight, input_scale=weight.input_scale.to(held.device))
     others = tensors.keys() - {f"{layer.full_name(name)}.weight" for name in weights}
     for key, held in layer.module.state_dict().items():
         full = layer.full_name(key)
@@ -89,7 +90,7 @@ def check_layer(path: Path, layer: Layer, formats: Formats, layout: Layout) -> N
     """Raises ReadBackError where the file of a layer does not give back, bit for bit, the weights that the layer holds."""
     tensors = load_file(path, device=str(next(layer.module.parameters()).device))
     for name, weight in stored_weights(layer, tensors, formats, layout).items():
-        held = layer.linear(name).weight
+        held = layer.weight(name)
         if not torch.equal(weight.dequantize().to(held.dtype), held):
             raise ReadBackError(f"{path} does not read back as written: {layer.full_name(name)} differs; is the disk sound?")
 
@@ -104,9 +105,9 @@ def write_rest(
 ) -> None:
     """All but the layers, whose files are in the folder: tensors outside of them, config, generation config, tokenizer, and
     what the layout adds."""
-    model = adapter.model
+    model, path = adapter.model, folder / shard_name(-1, layers_of(adapter, formats))
     rest = {name: stored(tensor) for name, tensor in adapter.ends().items() if name.removesuffix(".weight") not in formats}
-    save_tensors(folder / shard_name(-1, layers_of(adapter, formats)), rest)
+    save_tensors(path, rest | (load_file(path) if adapter.embedding().name in formats else {}))
     about = {"architectures": [type(model).__name__], "dtype": str(DTYPE).removeprefix("torch.")}
     files = {"config.json": model.config.to_diff_dict() | about}
     for name, content in layout.config_files(formats, ignored).items():

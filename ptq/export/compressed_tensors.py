@@ -112,15 +112,15 @@ def unpack_input_scale(name: str, tensors: Mapping[str, Tensor]) -> Tensor | Non
 
 def quantization_config(formats: Mapping[str, Format], ignored: tuple[str, ...]) -> dict:
     """The `quantization_config` of config.json: a group for each format, of all linears where there is one format only.  The head
-    is no linear to vLLM, and so is named.
+    is no linear to vLLM, and embeddings are none to anyone, and so are named.
 
     Keys inside `weights` are checked by the readers; extra ones are refused.
     """
     distinct = list(dict.fromkeys(formats.values()))
-    head = [name for name in formats if name == "lm_head"]
+    ends = [name for name in formats if name == "lm_head" or name.endswith("embed_tokens")]
     groups = {}
     for number, format in enumerate(distinct):
-        named = ["Linear", *head] if len(distinct) == 1 else [name for name, its in formats.items() if its == format]
+        named = ["Linear", *ends] if len(distinct) == 1 else [name for name, its in formats.items() if its == format]
         weights = SCHEMES[format.scheme][1] | ({"group_size": format.block} if format.block else {})
         inputs = INPUTS[format.activation] if format.activation else None
         rest = {"input_activations": inputs, "output_activations": None, "format": format.scheme}

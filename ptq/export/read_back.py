@@ -115,7 +115,12 @@ def layers_that_fit(layers: int, parameters: int, device: torch.device) -> int:
 
 
 def restored_logits(folder: Path, adapter: Adapter, tokens: Tensor, formats: Formats, layout: Layout, layers: int) -> Tensor:
-    hidden = adapter.embed(tokens)
+    if adapter.embedding().name in formats:
+        (embedding,) = adapter.layers([-1])
+        with restored(folder, adapter, embedding, formats, layout):
+            hidden = adapter.embed(tokens, embedding)
+    else:
+        hidden = adapter.embed(tokens)
     for layer in adapter.layers(range(layers)):
         with restored(folder, adapter, layer, formats, layout):
             hidden = adapter.forward(layer, hidden)

@@ -23,24 +23,25 @@ def model_card(report: dict, plan: Plan) -> str:
         front_matter(report["model"], dict.fromkeys(format.name for format in plan.formats.values())),
         f"# {name}, {formats}\n",
         f"{name} with the weights of {len(plan.linears)} linears in {formats}{left}, made by ptq {report['versions']['ptq']}. "
-        "Embeddings, norms and the output head are bfloat16.\n",
+        f"{kept(plan)} are bfloat16.\n",
         f"## How it was made\n\n{method(settings, report)}\n{made_by(report)}",
         f"## What it lost\n\n{losses(report)}\n{samples(report)}",
-        SERVE,
+        "## How to use it\n",
+        *([] if plan.first < 0 else [VLLM]),  # which loads no embeddings in FP8
+        TRANSFORMERS,
         f"Versions: {', '.join(f'{package} {version}' for package, version in report['versions'].items())}; {report['device']}.\n",
     ]
     return "\n".join(parts)
 
 
-SERVE = """## How to use it
-
-In vLLM, with this folder or the id of its repository for MODEL:
+VLLM = """In vLLM, with this folder or the id of its repository for MODEL:
 
 ```
 vllm serve MODEL
 ```
+"""
 
-In transformers, which needs the package compressed-tensors:
+TRANSFORMERS = """In transformers, which needs the package compressed-tensors:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,6 +50,13 @@ model = AutoModelForCausalLM.from_pretrained("MODEL", dtype="bfloat16", device_m
 tokenizer = AutoTokenizer.from_pretrained("MODEL")
 ```
 """
+
+
+def kept(plan: Plan) -> str:
+    """What is in no format."""
+    head = [] if "lm_head" in plan.recipes else ["the output head"]
+    names = [*(["embeddings"] if plan.first == 0 else []), "norms", *head]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])).capitalize()
 
 
 def front_matter(model: str, formats: dict[str, None]) -> str:

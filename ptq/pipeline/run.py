@@ -64,9 +64,10 @@ def run(
             if ranks.rank == 0 and not unfinished_folder(output).exists():
                 shape = shape_of(job.plan, job.adapter, len(job.calibration), settings.length, job.importance)
                 check_output(output, int(1.05 * (size + disk_bytes(shape))) + 2**24)
-            unfinished = Unfinished(output, work.about, len(job.plan.layers), resume=settings.resume, ranks=ranks)
+            layers, first = len(job.plan.layers), job.plan.first
+            unfinished = Unfinished(output, work.about, layers, resume=settings.resume, ranks=ranks, first=first)
             at_the_end.callback(unfinished.close)
-            totals = {"importance": len(job.adapter.names), "quantize": len(job.plan.layers)}
+            totals = {"importance": len(job.adapter.names), "quantize": layers - first}
             with bars(totals, hidden=True if ranks.rank else hidden) as progress:
                 do_layers(job, unfinished, ranks, progress)
         if ranks.rank:

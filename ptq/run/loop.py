@@ -10,7 +10,7 @@ One layer's Hessians are alive at a time, and layers are asked of the adapter on
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,9 +25,10 @@ from ptq.calibrate.passes import Original, Passes, Stream
 from ptq.calibrate.validation import Validation
 from ptq.core.packing import Quantized
 from ptq.run.batch import Batch, Shards, batches_of, owners_of
+from ptq.run.embedding import quantize_embedding
 from ptq.run.plan import Matrix, Pass, Plan, make_plan
 from ptq.run.recipe import Recipe, Rules
-from ptq.run.record import Record, make_record
+from ptq.run.record import LayerResult, Record, make_record
 from ptq.run.smoothing import Rescaled, smooth
 from ptq.run.solve import SolvedRows, gather, solve_matrices, take_statistics
 from ptq.runtime.adapter import Adapter, Layer, LayerPlan
@@ -56,16 +57,6 @@ class Calibration:
     all_tokens: bool = False
 
 
-@dataclass(frozen=True)
-class LayerResult:
-    """A finished layer.  `layer` holds the quantized weights.  `batch`: sequences that ran at once; replaying needs the same."""
-
-    layer: Layer
-    batch: int
-    records: list[Record] = field(default_factory=list)
-    quantized: dict[str, Quantized] = field(default_factory=dict)
-
-
 def quantize_model(
     adapter: Adapter, recipe: Recipe | Rules, calibration: Calibration | None = None, *, ignore: Sequence[str] = ()
 ) -> Iterator[tuple[Record, Quantized]]:
@@ -87,23 +78,26 @@ def quantize_layers(
     calibration: Calibration,
     *,
     ranks: Ranks | None = None,
-    finished: int = 0,
+    finished: int = -1,
     restore: Restore | None = None,
     on_host: bool | None = None,
     sums_of: SumsOf | None = None,
 ) -> Iterator[LayerResult]:
     """Quantizes layer by layer, each as the adapter gives it; what `quantize_model` says holds here.
 
-    Layers before `finished` are not quantized but restored from disk by `restore`, which returns the batch size they were
-    calibrated with and their quantized inputs.
+    Layers before number `finished`, the embeddings being -1, are not quantized but restored from disk by `restore`, which returns
+    the batch size they were calibrated with and their quantized inputs.
     `sums_of`: where sums come from if not from the calibration's tokens (ptq.run.shared_hessians).
     """
     check_float32()
     check_calibration(plan, calibration, sums_of)
-    if len(plan.layers) > len(adapter.names):
+    if plan.untied:
         adapter.untie()
     loop = LayerLoop(adapter, plan, calibration, ranks or Ranks(), on_host, sums_of)
-    first = 0 if loop.stream else finished
+    first = 0 if loop.stream else max(finished, 0)
+    if plan.first < 0:
+        kept = restore if finished > plan.first else None
+        yield from quantize_embedding(adapter, plan.recipes, calibration.batches, loop.stream, loop.validation, kept)
     try:
         for layer in adapter.layers(range(first, len(plan.layers))):
             with fused_norms(layer.module):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from torch import nn
+from torch import Tensor
 
 from ptq.core.activations import ActivationFormat
 from ptq.core.formats import Format, get_format
@@ -52,6 +52,7 @@ class Plan:
 
     `layers`: of each layer, how its linears hang together, and of the head where it is one of them; `passes`: what is done, pass
     by pass.  `untied`: weights of the head where they have been the embedding's too, and are stored besides from now on.
+    `first`: number of the first layer, -1 where the embeddings are one (ptq.run.embedding).
     """
 
     linears: dict[str, tuple[int, int]]
@@ -60,6 +61,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     passes: tuple[tuple[Pass, ...], ...]
     untied: int = 0
+    first: int = 0
 
     @property
     def weights(self) -> int:
@@ -120,9 +122,13 @@ def examine(adapter: Skeleton, rules: Rules) -> tuple[Plan, list[str]]:
     ignored: list[str] = []
     problems: list[str] = []
     layers, passes = [], []
-    head = adapter.head()
-    for_head = [(pattern, recipe) for pattern, recipe in rules if head.name in pattern]
+    head, embedding = adapter.head(), adapter.embedding()
+    rules = [(embedding.name if pattern == last_name(embedding) else pattern, recipe) for pattern, recipe in rules]
+    for_head, for_embedding = ([rule for rule in rules if last_name(end) in rule[0]] for end in (head, embedding))
     more = [head] if recipe_of(head.name, for_head) else []
+    if wanted := recipe_of(embedding.name, for_embedding):
+        recipes[embedding.name], linears[embedding.name] = of_embedding(wanted), tuple(embedding.weight("").shape)  # type: ignore[assignment]
+        problems += embedding_problems(embedding, wanted)
     for layer in chain(adapter.skeleton(), more):
         layers.append(adapter.plan(layer))
         for name in (name for group in layers[-1].groups for name in group):
@@ -133,28 +139,50 @@ def examine(adapter: Skeleton, rules: Rules) -> tuple[Plan, list[str]]:
             else:
                 recipes[full] = recipe
                 linears[full] = tuple(layer.linear(name).weight.shape)  # type: ignore[assignment]
-                problems += weight_problems(full, layer.linear(name))
+                problems += weight_problems(full, layer.weight(name))
         problems += disagreements(layer, layers[-1], recipes) or split_inputs(layer, layers[-1], recipes)
         ignored += [layer.full_name(name) for name in layers[-1].keep]
         passes.append(passes_of(layer, layers[-1], recipes))
     for pattern, recipe in rules:
         if any(matches(name, pattern) for name in [*ignored, *linears]):
             continue
-        if not matches(head.name, pattern):
+        end = next((end for end in (head, embedding) if matches(end.name, pattern)), None)
+        if end is None:
             what = "--ignore" if recipe is None else "rule"
             problems.append(f"{what} {pattern!r} matches no linear; names look like {next(iter(linears), '(none)')}")
-        elif recipe is not None and (pattern, recipe) not in for_head:
-            problems.append(
-                f"rule {pattern!r} is for {head.name} alone, which only a rule with its name in it is for: write it"
-            )
+        elif recipe is not None and last_name(end) not in pattern:
+            problems.append(f"rule {pattern!r} is for {end.name} alone, which only a rule with its name in it is for: write it")
     if head.name in recipes and recipes[head.name].row_feedback:
         problems.append(f"{head.name} has too many rows to feed errors forward over them; give its rule row_feedback: false")
     problems += block_problems(linears, recipes)
     if not linears:
         problems.append("--ignore leaves nothing to quantize")
-    shared = bool(more) and adapter.model.config.tie_word_embeddings
-    untied = head.linear("").weight.numel() if shared else 0
-    return Plan(linears, recipes, tuple(ignored), tuple(layers), tuple(passes), untied), problems
+    untied = head.weight("").numel() if (more or wanted) and adapter.model.config.tie_word_embeddings else 0
+    return Plan(linears, recipes, tuple(ignored), tuple(layers), tuple(passes), untied, -1 if wanted else 0), problems
+
+
+def last_name(end: Layer) -> str:
+    """What a rule for the head or the embeddings has in it."""
+    return end.name.rpartition(".")[2]
+
+
+def of_embedding(recipe: Recipe) -> Recipe:
+    """What holds of it for embeddings: format and rule."""
+    return Recipe(recipe.format, "rtn", recipe.rule if recipe.rule == "absmax" else "mse")
+
+
+def embedding_problems(embedding: Layer, recipe: Recipe) -> list[str]:
+    found = weight_problems(embedding.name, embedding.weight(""))
+    if recipe.format.block:
+        found.append(
+            f"{embedding.name} is to be {recipe.format.name}, and transformers 5.23 loads no packed embeddings (docs/log.md); "
+            "give its rule format: fp8"
+        )
+    if recipe.activation:
+        found.append(f"{embedding.name} reads token ids, which are not rounded; leave activations out of its rule")
+    if list(embedding.module.buffers()):
+        found.append(f"{embedding.name} scales its rows, and transformers 5.23 rounds that factor then; leave out its rule")
+    return found
 
 
 def passes_of(layer: Layer, plan: LayerPlan, recipes: Mapping[str, Recipe]) -> tuple[Pass, ...]:
@@ -208,9 +236,9 @@ def split_inputs(layer: Layer, plan: LayerPlan, recipes: Mapping[str, Recipe]) -
     return found
 
 
-def weight_problems(name: str, linear: nn.Linear) -> list[str]:
+def weight_problems(name: str, weight: Tensor) -> list[str]:
     try:
-        check_finite(f"{name}.weight", linear.weight)
+        check_finite(f"{name}.weight", weight)
     except ValueError as error:
         return [str(error)]
     return []

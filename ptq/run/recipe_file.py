@@ -10,9 +10,8 @@
     - linears: re:.*layers\\.0\\.mlp
       keep: true                          # bfloat16
 
-Of the rules that match a linear the last one holds; a linear that none matches is kept, and lm_head where none with its name
-does.  With `target_bits: 5.0` one rule may
-leave a choice between its format, fp8 and bfloat16 (ptq.run.allocate).
+Of the rules that match a linear the last one holds; a linear that none matches is kept, and lm_head and embed_tokens where none
+with their name does.  With `target_bits: 5.0` one rule may leave a choice between its format, fp8 and bfloat16 (ptq.run.allocate).
 """
 
 from collections.abc import Mapping

@@ -4,15 +4,17 @@ Measured on the device, of one matrix or of each of a batch, and read back when 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ptq.core.packing import Quantized
 from ptq.methods.rtn import rtn
 from ptq.methods.solution import Solution
 from ptq.run.recipe import Recipe
+from ptq.runtime.adapter import Layer
 
 # Rounding alone leaves the two sides of the identity within about 2 √d_in · eps · ‖W‖/‖Δ‖ of each other, 2e-4 for d_in = 14336
 # and an error of 5 %; the bugs it is there to catch (stale or missing feedback) change one side by tens of percent.
@@ -36,6 +38,8 @@ class Record:
     of ranks: all records together add up to no more than the run.  `validation_error`: of its outputs against the original
     model's (ptq.calibrate.validation).  `routed_tokens`: of an expert, how many came to it; where they were too few, `tokens` is
     all (ptq.calibrate.collect).
+
+    Of embeddings the errors are the weight's own, ‖W - Q‖ / ‖W‖.
     """
 
     name: str
@@ -52,6 +56,16 @@ class Record:
     seconds: float
     validation_error: float | None = None
     routed_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A finished layer.  `layer` holds the quantized weights.  `batch`: sequences that ran at once; replaying needs the same."""
+
+    layer: Layer
+    batch: int
+    records: list[Record] = field(default_factory=list)
+    quantized: dict[str, Quantized] = field(default_factory=dict)
 
 
 class LinearStats(NamedTuple):

@@ -29,8 +29,7 @@ from ptq.export.layout import Layout
 from ptq.export.manifest import digests, read_manifest
 from ptq.run.curvature import Curvature, beside
 from ptq.run.fingerprint import differences
-from ptq.run.loop import LayerResult
-from ptq.run.record import Record
+from ptq.run.record import LayerResult, Record
 from ptq.runtime.adapter import Layer
 from ptq.runtime.distributed import Ranks
 
@@ -39,7 +38,7 @@ OURS = re.compile(r"\.?(fingerprint\.json|token_importance\.safetensors|curvatur
 
 
 class Unfinished:
-    """The folder beside `output`.  `finished`: how many layers are done, from the first on.  `complete`: the output
+    """The folder beside `output`.  `finished`: number of the first of the `layers` that is not done.  `complete`: the output
     is there, of the same fingerprint, and the run was ended while it cleared up; only `finish` is to be called.
 
     With `resume`, what is there is gone on with.  Rank 0 of the ranks writes, the others read; on several machines they must see
@@ -47,9 +46,9 @@ class Unfinished:
     (saying what differs), and where another process is at it.
     """
 
-    def __init__(self, output: Path, about: dict, layers: int, *, resume: bool, ranks: Ranks | None = None):
+    def __init__(self, output: Path, about: dict, layers: int, *, resume: bool, ranks: Ranks | None = None, first: int = 0):
         ranks = ranks or Ranks()
-        self.output, self.layers = output, layers
+        self.output, self.layers, self.numbers = output, layers, range(first, layers)
         self.folder = unfinished_folder(output)
         self.checkpoint = self.folder / "checkpoint"
         self.curvature = Curvature(self.folder / "curvature")
@@ -60,7 +59,7 @@ class Unfinished:
             except ValueError:
                 self._unlock()
                 raise
-        done = next((n for n in range(layers) if not self._record_path(n).is_file()), layers)
+        done = next((n for n in self.numbers if not self._record_path(n).is_file()), layers)
         self.finished: int
         self.complete: bool
         self.finished, self.complete = ranks.all_gather_object((done, is_complete(output)))[0]
@@ -124,7 +123,7 @@ class Unfinished:
     def check(self) -> None:
         """Raises ValueError that names a tensor of a layer that the checkpoint's manifest has other than it was stored."""
         found = {name: entry["blake2b"] for name, entry in (read_manifest(self.checkpoint) or {}).items()}
-        for index in range(self.layers):
+        for index in self.numbers:
             self._check(index, found)
 
     def _check(self, index: int, found: Mapping[str, str]) -> dict:
@@ -140,7 +139,7 @@ class Unfinished:
 
     def records(self) -> list[Record]:
         """Of all finished layers."""
-        read = (json.loads(self._record_path(index).read_text())["records"] for index in range(self.layers))
+        read = (json.loads(self._record_path(index).read_text())["records"] for index in self.numbers)
         return [Record(**record | {"shape": tuple(record["shape"])}) for records in read for record in records]
 
     def save_importance(self, weights: TokenImportance) -> None:

@@ -13,7 +13,7 @@ from ptq.settings import Settings
 
 GivenRules = Sequence[tuple[str, Recipe | Choice | str | None]]
 """(pattern, recipe) as ptq.run.recipe.OpenRules; a format's name stands for the settings' recipe in that format, for the head
-without row feedback."""
+without row feedback, for the embeddings without activations."""
 
 
 def file_rules(settings: Settings) -> OpenRules:
@@ -34,6 +34,8 @@ def all_rules(settings: Settings, of_file: OpenRules, rules: GivenRules) -> Open
 
 def in_format(base: Recipe, format: Format, pattern: str) -> Recipe:
     """The recipe in another format, as far as that goes: with one scale a row there is no rule of blocks."""
+    if pattern.endswith("embed_tokens"):
+        base = replace(base, activation=None, smooth=False)
     rule = base.rule if format.block else "mse"
     return replace(base, format=format, rule=rule, row_feedback=base.row_feedback and pattern != "lm_head")
 

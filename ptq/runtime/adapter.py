@@ -15,7 +15,8 @@ Group = tuple[str, ...]
 class Layer:
     """One decoder layer: its number, its full name, and the module, whose tensors may be on the meta device.
 
-    Or the output head, which comes after them: its module is a linear itself, and so the one named "" inside it.
+    Or the output head, which comes after them: its module is a linear itself, and so the one named "" inside it.  Or, number -1,
+    the embeddings before them, of which the same holds but that they are no linear.
     `renamed`: (in the model, in checkpoints) parts of names that differ.
     """
 
@@ -35,6 +36,10 @@ class Layer:
         module = self.module.get_submodule(name)
         assert isinstance(module, nn.Linear), name
         return module
+
+    def weight(self, name: str) -> Tensor:
+        """Of the linear `name`, or of the embeddings."""
+        return self.module.get_submodule(name).weight  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,10 @@ class Skeleton(Protocol):
         """The output head as one more layer, whose tensors may be on the meta device."""
         ...
 
+    def embedding(self) -> Layer:
+        """The embeddings as layer -1, whose tensors may be on the meta device."""
+        ...
+
     def plan(self, layer: Layer) -> LayerPlan:
         """How the layer's linears hang together."""
         ...
@@ -118,12 +127,13 @@ class Adapter(Skeleton, Protocol):
     names: tuple[str, ...]
     """Full names of the layers, first to last."""
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids (n, length) -> the first layer's input (n, length, d)."""
+    def embed(self, tokens: Tensor, embedding: Layer | None = None) -> Tensor:
+        """Token ids (n, length) -> the first layer's input (n, length, d), by `embedding` in the place of the model's own."""
         ...
 
     def layers(self, order: Sequence[int] | None = None) -> Iterator[Layer]:
-        """The layers numbered by `order`, the head being number len(names); without, all layers first to last, and no head.
+        """The layers numbered by `order`, the head being number len(names) and the embeddings -1; without, all layers first to
+        last, and neither.
 
         Raises ValueError that names a weight that is not finite.
         """
