@@ -32,7 +32,9 @@ ROWS = list(csv.DictReader((ROOT / "benchmarks" / "models.csv").open()))
 MEASURED = [
     row
     for row in ROWS
-    if row["commit"] in ("9f16ffc", "5551677", "8ffc03c5") or (row["commit"] == "816dc82" and row["drift"] != "full")
+    if row["commit"] in ("9f16ffc", "ca200eab", "9310115f")
+    or (row["commit"] == "816dc82" and row["drift"] != "full")
+    or (row["commit"] == "8ffc03c5" and "1B" in row["shape"])
     if row["format"] == "nvfp4" and "A3B" not in row["shape"]
 ]
 MIXTURES = [row for row in ROWS if "A3B" in row["shape"] and row["commit"] == "8ffc03c5"]

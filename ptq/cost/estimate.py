@@ -10,13 +10,16 @@ from ptq.core.linalg import packed_size
 from ptq.cost.shape import LayerShape, Shape, climbed, drift_elements, drift_met, operations
 from ptq.methods.gptq import rows_at_once
 from ptq.run.batch import HESSIANS_AT_ONCE
+from ptq.run.curvature import ROOM_TO_WAIT
 from ptq.runtime.distributed import Ranks, shard_rows
 from ptq.settings import VALIDATION_SEQUENCES
 
 BF16_RATE = 790e12
 """bfloat16 matmul, operations a second: measured, 8192³."""
-DISK_RATE = 0.73e9
-"""Bytes a second from the GPU to a file that is on the disk for good."""
+DISK_RATE = {"write": 2e9, "read": 3.3e9}
+"""Bytes a second of G from the GPU to files, by two threads; and back, unpacked."""
+STEP = 4.7e-4
+"""Seconds to launch one step of row feedback: an antidiagonal of tiles."""
 FP32_RATE = 66.8e12
 """float32 arithmetic: 132 multiprocessors × 128 lanes × 1.98 GHz × 2."""
 
@@ -59,7 +62,7 @@ def seconds(shape: Shape, ranks: int = 1, batch: int = 1, kept: float = 1.0) -> 
     found: dict[str, float] = {}
     once = shape.total(lambda layer: pass_seconds(shape, layer))
     if shape.importance:
-        found["importance"] = importance_seconds(shape, once) / ranks + disk_bytes(shape) / DISK_RATE
+        found["importance"] = max(importance_seconds(shape, once) / ranks, disk_bytes(shape) / DISK_RATE["write"])
     if shape.calibrate:
         forward = shape.total(lambda layer: forward_seconds(shape, layer, kept))
         found["forward"] = (forward + shape.total(lambda layer: expert_seconds(shape, layer, batches, "forward"))) / ranks
@@ -146,17 +149,17 @@ def solve_seconds(d_out: int, d_in: int, count: int = 1) -> tuple[float, float, 
     weights, product, cube = count * d_out * d_in, count * d_out * d_in * d_in, count * d_in**3
     columns = d_in * -(-count // max(1, HESSIANS_AT_ONCE // d_in**2))  # one after the other, in all batches
     return (
-        2 / 3 * cube / 42.8e12 + 1.07e-6 * columns,
+        2 / 3 * cube / 81.8e12 + 1.4e-6 * columns,
         product / 99e12 + 2.9e-10 * weights + 6.6e-7 * columns,
         product / 361e12 + 0.93e-10 * weights,
-        (cube / 3 + 3 * product) / 45e12 + 1.9e-6 * columns,
+        (cube / 3 + 3 * product) / 72.2e12 + 2.36e-6 * columns,
     )
 
 
 def row_feedback_seconds(d_out: int, d_in: int) -> float:
-    """What sweeping a linear panel of rows after panel of rows takes more than at once: launches, and the factor of G."""
-    panels = -(-d_out // rows_at_once(d_out))
-    return 1.15e-6 * panels * d_in + 2 / 3 * d_out**3 / 42.8e12
+    """What sweeping a linear by tiles takes more than at once: launches, reading G, and its factor."""
+    steps = -(-d_out // rows_at_once(d_out)) + d_in // 128
+    return STEP * steps + 4 * packed_size(d_out) / DISK_RATE["read"] + 2 / 3 * d_out**3 / 81.8e12
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,7 @@ def memory(shape: Shape, batch: int, *, ranks: int = 1, on_host: bool | None = N
     importance = 0.0
     if shape.importance:
         importance = on_gpu + (0 if kept_away else kept) + importance_bytes(shape, batch)
+        importance += min(curvature_bytes(shape) / 2, max(0, ROOM_TO_WAIT * device_bytes - importance))  # waits to be written
     if shape.drift:  # and the original's
         hidden, on_gpu = 2 * hidden, 2 * on_gpu
     solvers = ranks if shape.drift and not shape.rows and len(largest.passes) > 1 else 1
@@ -212,9 +216,13 @@ def importance_bytes(shape: Shape, batch: int) -> float:
     largest, part = shape.largest, min(SEGMENT, shape.depth)
     small = max(1, batch // max(1, part // 2)) * shape.length
     logits = POSITIONS_AT_ONCE * shape.head[0] * 18
-    curvature = 4 * part * largest.curvature if shape.rows else 0
     graph = small * part * graph_bytes(shape, largest)
-    return (part + 1) * 2 * largest.weights + curvature + graph + logits + 2 * shape.head[0] * shape.head[1]
+    return (part + 1) * 2 * largest.weights + curvature_bytes(shape) + graph + logits + 2 * shape.head[0] * shape.head[1]
+
+
+def curvature_bytes(shape: Shape) -> int:
+    """G of a segment, on the GPU."""
+    return 4 * min(SEGMENT, shape.depth) * shape.largest.curvature if shape.rows else 0
 
 
 def solve_bytes(shape: Shape, layer: LayerShape, at_once: int, solvers: int) -> float:

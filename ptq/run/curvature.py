@@ -1,7 +1,7 @@
 """The curvature of the loss in linears' outputs, for row feedback: written as the backward pass comes by, read layer by layer."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -54,6 +54,28 @@ class Curvature(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+class Ahead(Mapping[str, Tensor]):
+    """Of these `names`, read in another thread from now on, while the layer's inputs are collected: into pinned memory where a GPU
+    is to have them."""
+
+    def __init__(self, curvature: Mapping[str, Tensor], names: Sequence[str], device: torch.device):
+        def read(name: str) -> Tensor:
+            return curvature[name].pin_memory() if device.type == "cuda" else curvature[name]
+
+        pool = ThreadPoolExecutor(1)
+        self._read = {name: pool.submit(read, name) for name in names}
+        pool.shutdown(wait=False)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read[name].result()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
 
 
 def beside(write: Callable[[], object], device: torch.device) -> Callable[[], object]:

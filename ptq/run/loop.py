@@ -25,6 +25,7 @@ from ptq.calibrate.passes import Original, Passes, Stream
 from ptq.calibrate.validation import Validation
 from ptq.core.packing import Quantized
 from ptq.run.batch import Batch, Shards, batches_of, owners_of
+from ptq.run.curvature import Ahead
 from ptq.run.embedding import quantize_embedding
 from ptq.run.plan import Matrix, Pass, Plan, make_plan
 from ptq.run.recipe import Recipe, Rules
@@ -142,7 +143,7 @@ class LayerLoop:
         sums_of: SumsOf | None = None,
     ):
         self.adapter, self.plan, self.ranks = adapter, plan, ranks
-        self.curvature = self.known_curvature = calibration.curvature or {}
+        self.curvature = self.known_curvature = self.ahead = calibration.curvature or {}
         self.stream = open_stream(adapter, calibration, ranks, on_host) if calibration.batches else None
         self.sums_of = sums_of or self.collect
         self.validation = None
@@ -185,6 +186,9 @@ class LayerLoop:
             matrices = [matrix for group in groups for matrix in group.matrices]
             divisible = not any(matrix.recipe.row_feedback for matrix in matrices)
             shards = shard_rows([matrix.shape for matrix in matrices], self.ranks, divisible=divisible)
+            own = [matrix for matrix, shard in zip(matrices, shards, strict=True) if shard[self.ranks.rank]]
+            fed = [layer.full_name(name) for matrix in own if matrix.recipe.row_feedback for name in matrix.names]
+            self.ahead = Ahead(self.curvature, fed, next(layer.module.parameters()).device)
             with phase("forward"), quantized_inputs(layer.module, self.inputs):
                 sums = list(self.sums_of(layer, plan, groups, shards))
             self.solve(layer, groups, sums, shards, result)
@@ -253,7 +257,7 @@ class LayerLoop:
             solved: list[SolvedRows | None] = []
             for matrices, rows in zip(zip(*(group.matrices for group in batch.groups), strict=True), own, strict=True):
                 linears = [{layer.full_name(name): layer.linear(name) for name in matrix.names} for matrix in matrices]
-                solve = partial(solve_matrices, matrices[0], linears, statistics, self.curvature, rows, self.ranks)
+                solve = partial(solve_matrices, matrices[0], linears, statistics, self.ahead, rows, self.ranks)
                 solved.append(solve() if rows else None)
         except ValueError as error:
             for one, its in zip(batch.alone(), sums, strict=False):  # which it was, it says by itself

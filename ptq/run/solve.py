@@ -112,7 +112,7 @@ def curvature_of(names: Sequence[str], curvature: Mapping[str, Tensor], like: Te
     """G (..., rows, rows) of the linears `names`; the identity, which feeds no error over rows, where no gradient came, as of
     an expert that was given no tokens.  like (..., rows, d_in)."""
     rows = like.shape[-2]
-    G = torch.stack([unpack_symmetric(curvature[name].to(like.device), rows) for name in names])
+    G = torch.stack([unpack_symmetric(curvature[name].to(like.device, non_blocking=True), rows) for name in names])
     known = G.flatten(1).any(1)[:, None, None]
     return torch.where(known, G, torch.eye(rows, device=G.device)).view(*like.shape[:-1], rows)
 
