@@ -62,7 +62,11 @@ class Ahead(Mapping[str, Tensor]):
 
     def __init__(self, curvature: Mapping[str, Tensor], names: Sequence[str], device: torch.device):
         def read(name: str) -> Tensor:
-            return curvature[name].pin_memory() if device.type == "cuda" else curvature[name]
+            packed = curvature[name]
+            if device.type != "cuda":
+                return packed
+            with torch.cuda.device(device):  # a thread begins on the first one
+                return packed.pin_memory()
 
         pool = ThreadPoolExecutor(1)
         self._read = {name: pool.submit(read, name) for name in names}
