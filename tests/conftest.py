@@ -1,11 +1,16 @@
 """Shared fixtures.  Without a GPU, Triton's kernels run under its interpreter, which must be chosen before they are imported."""
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+gc.disable()  # while 3,000 modules are imported, of which nothing becomes garbage
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -45,6 +50,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object):
     return OneByOne(config, log)
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # nor until the end
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -59,6 +73,22 @@ def quicker_interpreter() -> None:
         from .interpreter import make_quicker
 
         make_quicker()
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[str]:
+    """What runs a script in a process of its own; a fresh Python only where there is a GPU, which no fork may use."""
+    if torch.cuda.is_available():
+        yield sys.executable
+        return
+    import compressed_tensors.compressors  # noqa: F401
+
+    import ptq.pipeline.run  # noqa: F401
+
+    from .preloaded import preloaded
+
+    with preloaded() as python:
+        yield python
 
 
 @pytest.fixture(autouse=True)

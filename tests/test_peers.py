@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -57,7 +58,8 @@ def test_int4_gptq_has_the_codes_of_llm_compressor(tmp_path, rule):
 
 
 @pytest.mark.slow
-def test_a_recipe_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
+def test_a_recipe_that_fails_is_named_and_the_others_go_on(python, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "executable", python)  # which runs our own recipes
     script = module_of("compare_peers")
     save_tiny(tmp_path / "model", dtype=torch.bfloat16)
     (tmp_path / "text.txt").write_text(TEXT)

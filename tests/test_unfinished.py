@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -107,10 +106,10 @@ def full_at_the_second(self, done, *arguments):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path, job):
+def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(python, tmp_path, job):
     """Three kills here; CONTRIBUTING.md has the command for more."""
     quick = ["--rule", "mse", "--device", "cpu"]  # the rule whose search takes least
-    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), "3", "0", str(tmp_path), *job, *quick]
+    command = [python, str(ROOT / "tests" / "kill_and_resume.py"), "3", "0", str(tmp_path), *job, *quick]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": PYTHONPATH})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["kills"] == 3
