@@ -19,7 +19,10 @@ def make_quicker() -> None:
     interpreter._patch_lang = patch_once(interpreter._patch_lang)
     interpreter._get_np_dtype = by_name(interpreter._get_np_dtype)
     interpreter.ReduceOps.generic_reduce = by_slices(interpreter.ReduceOps.generic_reduce)
-    TritonSemantic.binary_op_type_checking_impl = unless_of_one_type(TritonSemantic.binary_op_type_checking_impl)
+    TritonSemantic.binary_op_type_checking_impl = with_numbers_known(
+        unless_of_one_type(TritonSemantic.binary_op_type_checking_impl)
+    )
+    TritonSemantic.binary_op_sanitize_overflow_impl = if_debugging(TritonSemantic.binary_op_sanitize_overflow_impl)
     TritonSemantic.broadcast_impl_value = unless_alike(TritonSemantic.broadcast_impl_value)
     tl.core.block_type.to_ir = once_a_type(tl.core.block_type.to_ir)
     tl.core.block_type.__init__ = alike_are_one(tl.core.block_type.__init__)
@@ -76,6 +79,34 @@ def unless_of_one_type(check: Callable) -> Callable:
         checked = check(self, lhs, rhs, *rules, **more)
         unchanged[asked] = checked[0] is lhs and checked[1] is rhs
         return checked
+
+    return quicker
+
+
+def with_numbers_known(check: Callable) -> Callable:
+    """What a number becomes beside a block is worked out once for each number and type."""
+    known: dict[tuple, tl.tensor] = {}
+
+    def quicker(self: TritonSemantic, lhs: Any, rhs: Any, *rules: bool, **more: bool) -> tuple:
+        if type(rhs) not in (int, float) or type(lhs) is not tl.tensor or not lhs.type.is_block():
+            return check(self, lhs, rhs, *rules, **more)
+        asked = str(rhs), type(rhs), lhs.dtype.name, *lhs.type.shape.values, rules, *more.items()
+        if asked in known:
+            return lhs, known[asked]
+        checked = check(self, lhs, rhs, *rules, **more)
+        if checked[0] is lhs:
+            known[asked] = checked[1]
+        return checked
+
+    return quicker
+
+
+def if_debugging(check: Callable) -> Callable:
+    """Overflow is otherwise worked out for an assertion that is not made."""
+
+    def quicker(self: TritonSemantic, *arguments: Any) -> None:
+        if self.builder.options.debug:
+            check(self, *arguments)
 
     return quicker
 
