@@ -139,7 +139,7 @@ def made(tmp_path):
 def test_streamed_in_memory_and_resumed_are_the_same_bytes_with_scaled_gains(tmp_path, made, monkeypatch, dtype, effort):
     """Each has been read back by transformers, with equal logits, or the run would have failed."""
     folder, how = made(dtype)
-    how |= {"effort": effort}
+    how |= {"effort": effort, "rule": "mse"}  # the rule whose search takes least
     ptq.quantize(str(folder), output=tmp_path / "streamed", **how)
     gain = "model.layers.0.input_layernorm.weight"
     stored = next(t[gain] for p in (tmp_path / "streamed").glob("*.safetensors") if gain in (t := load_file(p)))
