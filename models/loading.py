@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -40,15 +41,26 @@ HARMLESS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # buf
 def gguf_parsed_once() -> Iterator[None]:
     """transformers parses a GGUF file for its config, its tokenizer and its weights, and makes the table of tensor names for every
     module, seconds each: inside the block once each."""
-    names = ("GGUFReader", "get_tensor_name_map") if find_spec("gguf") else ()
+    names = {"GGUFReader": of_plain_array, "get_tensor_name_map": lambda make: make} if find_spec("gguf") else {}
     before = [(name, getattr(import_module("gguf"), name)) for name in names]
     for name, function in before:
-        setattr(sys.modules["gguf"], name, cache(function))
+        setattr(sys.modules["gguf"], name, cache(names[name](function)))
     try:
         yield
     finally:
         for name, function in before:
             setattr(sys.modules["gguf"], name, function)
+
+
+def of_plain_array(reader: type) -> type:
+    """The reader of a vocabulary makes slices by the million, which of np.memmap takes it thrice as long."""
+
+    class PlainReader(reader):
+        def _get(self, *arguments: Any, **options: Any) -> np.ndarray:
+            self.data = np.asarray(self.data)
+            return super()._get(*arguments, **options)
+
+    return PlainReader
 
 
 @gguf_parsed_once()

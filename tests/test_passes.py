@@ -78,7 +78,7 @@ def test_passes_that_were_let_go_change_nothing(family, drift, monkeypatch):
     for reserve in (0.0, 2.0):
         monkeypatch.setattr(passes, "RESERVE", reserve)
         model = copy.deepcopy(original)
-        results = quantize_model(ModelAdapter(model), Recipe(**DRIFTS[drift]), Calibration(tokens(6).split(2)))
+        results = quantize_model(ModelAdapter(model), Recipe(rule="mse", **DRIFTS[drift]), Calibration(tokens(6).split(2)))
         found.append({record.name: weight for record, weight in results})
     for name, weight in found[0].items():
         assert torch.equal(weight.codes, found[1][name].codes) and torch.equal(weight.scales, found[1][name].scales)
@@ -164,7 +164,7 @@ def test_out_of_memory_in_a_wave_does_it_again_with_half_the_batch(family, wave,
     """The first batch of the wave has been taken in by then.  The same as a run that goes over to half the batch before it.
     Where half of the drift is made good all is collected in wave 0."""
     found, waves = [], count()
-    recipe = Recipe(drift=1.0) if wave else Recipe(drift=0.5, stagewise=False)
+    recipe = Recipe(rule="mse", drift=1.0) if wave else Recipe(rule="mse", drift=0.5, stagewise=False)
 
     def collect_with_less(passes, *arguments):
         if next(waves) == wave:

@@ -29,6 +29,7 @@ from .conftest import PYTHONPATH, ROOT
 from .test_script import main  # noqa: F401  # a fixture
 from .tiny import TEXT, save_tiny
 
+QUICK = ["--rule", "mse", "--device", "cpu"]  # the rule whose search takes least
 TOKENS = torch.randint(0, 28, (8, 32), generator=torch.Generator().manual_seed(6))
 
 
@@ -67,7 +68,7 @@ def test_no_layer_leaves_anything_behind(tmp_path, monkeypatch):
 
 
 def quantize(adapter, tokenizer, output: Path) -> None:
-    config = Recipe(rule="joint", drift=1.0)
+    config = Recipe(rule="mse", drift=1.0)  # the rule whose search takes least
     job = Job(adapter, make_plan(adapter, config), CompressedTensors(), TOKENS, torch.device("cpu"), batch=3)
     unfinished = Unfinished(output, {}, len(adapter.names), resume=False)
     do_layers(job, unfinished, Ranks())
@@ -108,8 +109,7 @@ def full_at_the_second(self, done, *arguments):
 @pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(python, tmp_path, job):
     """Three kills here; CONTRIBUTING.md has the command for more."""
-    quick = ["--rule", "mse", "--device", "cpu"]  # the rule whose search takes least
-    command = [python, str(ROOT / "tests" / "kill_and_resume.py"), "3", "0", str(tmp_path), *job, *quick]
+    command = [python, str(ROOT / "tests" / "kill_and_resume.py"), "3", "0", str(tmp_path), *job, *QUICK]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": PYTHONPATH})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["kills"] == 3
@@ -120,7 +120,7 @@ def test_an_unfinished_run_is_offered_and_one_of_other_settings_is_refused(main,
     from transformers import PreTrainedTokenizerBase
 
     output = tmp_path / "out"
-    arguments = [*job, "--device", "cpu", "--output", str(output)]
+    arguments = [*job, *QUICK, "--output", str(output)]
 
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
@@ -162,13 +162,13 @@ def test_another_models_weights_are_not_gone_on_with(main, tmp_path, job, capsys
     output, path = tmp_path / "out", tmp_path / "model" / "model.safetensors"
     with monkeypatch.context() as patch:
         patch.setattr(Unfinished, "write_layer", full_at_the_second)
-        assert main([*job, "--device", "cpu", "--output", str(output)]) == 1
+        assert main([*job, *QUICK, "--output", str(output)]) == 1
     header, tensors = read_header(path), load_file(path)
     tensors["model.layers.2.mlp.up_proj.weight"][5, 7] += 0.5
     save_file(tensors, path, metadata={"format": "pt"})
     assert read_header(path) == header
     capsys.readouterr()
-    assert main([*job, "--device", "cpu", "--output", str(output), "--resume"]) == 1
+    assert main([*job, *QUICK, "--output", str(output), "--resume"]) == 1
     assert "is of another run: model: model.safetensors was [" in capsys.readouterr().err
 
 
@@ -213,7 +213,7 @@ def fail(*_args, **_kwargs):
 def test_a_run_that_ends_while_it_finishes_is_finished_later(main, tmp_path, job, where, capsys, monkeypatch):  # noqa: F811
     """Before the output has its name, before anything is cleared away, and when all but the folder itself is."""
     output, finish, synced = tmp_path / "out", Unfinished.finish, []
-    arguments = [*job, "--device", "cpu", "--output", str(output)]
+    arguments = [*job, *QUICK, "--output", str(output)]
     monkeypatch.setattr(resume, "sync", lambda path: synced.append(path.name))
 
     def interrupted(self):
@@ -246,7 +246,7 @@ def test_what_a_finished_run_left_does_not_stand_for_layers(main, tmp_path, job,
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", fail)
-        arguments = [*job, "--device", "cpu", "--output", str(output)]
+        arguments = [*job, *QUICK, "--output", str(output)]
         assert main(arguments) == 1
     output.rename(tmp_path / "elsewhere")
     assert list((unfinished_folder(output) / "layers").iterdir())
@@ -262,7 +262,7 @@ def test_a_full_disk_ends_the_run_and_a_larger_one_goes_on(main, tmp_path, job, 
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     monkeypatch.setattr("ptq.pipeline.run.check_output", lambda *_: None)
-    arguments = [*job, "--device", "cpu", "--output"]
+    arguments = [*job, *QUICK, "--output"]
     try:
         assert main([*arguments, str(disk / "out")]) == 1
         assert "No space left" in capsys.readouterr().err
@@ -281,8 +281,8 @@ def test_every_family_goes_on_to_the_same_bytes(main, tmp_path, monkeypatch, fam
     """From what a kill would leave after the first of two layers: a copy made then of the folder of a run that ends well."""
     save_tiny(tmp_path / "model", family)
     (tmp_path / "text.txt").write_text(TEXT)
-    text = ["--calibration", str(tmp_path / "text.txt"), "--sequences", "4", "--length", "32", "--device", "cpu"]
-    arguments = [str(tmp_path / "model"), *text, "--rule", "mse", "--output"]  # the rule whose search takes least
+    text = ["--calibration", str(tmp_path / "text.txt"), "--sequences", "4", "--length", "32"]
+    arguments = [str(tmp_path / "model"), *text, *QUICK, "--output"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
     def copied(self, done, *arguments):
