@@ -61,7 +61,7 @@ class Jobs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def jobs(python, tmp_path_factory) -> Jobs:
-    """Of one torchrun.  A job has other texts on the ranks; in the last, rank 1 is killed."""
+    """Of one torchrun, whose ranks are preloaded.  A job has other texts on the ranks; in the last, rank 1 is killed."""
     folder = tmp_path_factory.mktemp("jobs")
     arguments = prepare(folder)
     given = {"deterministic": ["--deterministic", *arguments]}
