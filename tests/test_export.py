@@ -44,7 +44,8 @@ def export(folder, family="llama", dtype=torch.float32, format=NVFP4, ignore=(),
     model = tiny_model(family, dtype, **changes)
     model.generation_config = GenerationConfig(max_new_tokens=7)
     adapter = ModelAdapter(model)
-    rules = Recipe(format, "gptq", "mse") if isinstance(format, Format) else format
+    # What is stored is nothing that another method could not find.
+    rules = Recipe(format, "rtn", "mse") if isinstance(format, Format) else format
     plan = make_plan(adapter, rules, ignore)
     for done in quantize_layers(adapter, plan, Calibration(TOKENS.split(3))):
         path = folder / shard_name(done.layer.index, len(adapter.names))
