@@ -60,8 +60,8 @@ class Jobs(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def jobs(python, tmp_path_factory) -> Jobs:
-    """Of one torchrun, whose ranks are preloaded.  A job has other texts on the ranks; in the last, rank 1 is killed."""
+def jobs(tmp_path_factory) -> Jobs:
+    """Of one torchrun.  A job has other texts on the ranks; in the last, rank 1 is killed."""
     folder = tmp_path_factory.mktemp("jobs")
     arguments = prepare(folder)
     given = {"deterministic": ["--deterministic", *arguments]}
@@ -69,7 +69,7 @@ def jobs(python, tmp_path_factory) -> Jobs:
     given |= {effort: ["--effort", effort, *arguments] for effort in ("default", "best")}
     given |= {"others": [word.replace("text0", "textRANK") for word in arguments], "killed": arguments}
     (folder / "jobs.json").write_text(json.dumps([[*words, str(folder / name)] for name, words in given.items()]))
-    command = [*TORCHRUN, "--no-python", python, str(ROOT / "tests" / "jobs_of_ranks.py"), str(folder / "jobs.json")]
+    command = [*TORCHRUN, str(ROOT / "tests" / "jobs_of_ranks.py"), str(folder / "jobs.json")]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     while not (folder / "killed.unfinished" / "layers").is_dir():
         assert running.poll() is None, running.communicate()[1]

@@ -12,7 +12,7 @@ import pytest
 from .preloaded import preloaded
 
 PROGRAM = """
-import os, signal, sys
+import os, signal, sys, time
 def stop(number, _):
     sys.exit(f"stopped by {number}")
 if __name__ == "__main__":
@@ -20,6 +20,7 @@ if __name__ == "__main__":
     print(os.getpid(), os.getcwd(), os.environ["SAID"], *sys.argv, sys.stdin.read(), flush=True)
     {do}
 """
+WAITS = "while True: time.sleep(0.01)"  # a signal that comes just before signal.pause() would be waited for
 
 
 @pytest.fixture(scope="module", params=["fresh", "preloaded"])
@@ -64,10 +65,10 @@ def test_it_has_its_surroundings_and_says_how_it_ended(start, tmp_path):
 
 
 def test_signals_reach_it(start):
-    running, _ = start("signal.pause()")
+    running, _ = start(WAITS)
     running.terminate()
     assert running.communicate() == ("", "stopped by 15\n") and running.returncode == 1
-    running, line = start("signal.pause()")
+    running, line = start(WAITS)
     running.kill()
     assert running.wait() == -signal.SIGKILL
     until = time.monotonic() + 10
