@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, as below of this one
-
 gc.disable()  # while 3,000 modules are imported, of which nothing becomes garbage
 
 if not torch.cuda.is_available():
