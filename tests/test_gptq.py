@@ -12,7 +12,8 @@ from ptq.core.linalg import NotPositiveDefiniteError, block_diagonal, damped, un
 from ptq.core.scales import RULES, choose_scales
 from ptq.methods.gptq import DAMP_ROWS, gptq, visit_order
 from ptq.methods.rtn import rtn
-from ptq.run.resume import Curvature
+from ptq.run.curvature import Curvature
+from ptq.runtime.threads import ROWS_PER_THREAD, threads_for
 
 SMALL_INT4 = replace(INT4_G128, block=32)
 SMALL = [NVFP4, MXFP4, SMALL_INT4]
@@ -215,3 +216,16 @@ def test_uncorrelated_outputs_leave_row_feedback_nothing_to_do():
     scale = choose_tensor_scale(W, NVFP4)
     plain, fed = (gptq(W, H, NVFP4, rule="joint", tensor_scale=scale, G=g).quantized for g in (None, torch.eye(40)))
     assert torch.equal(plain.codes, fed.codes) and torch.equal(plain.scales, fed.scales)
+
+
+def test_small_matrices_are_swept_on_one_thread_and_the_others_come_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for rows, threads in ((1, 1), (2 * ROWS_PER_THREAD, 2), (9 * ROWS_PER_THREAD, 3)):
+            with pytest.raises(ZeroDivisionError), threads_for(rows):
+                assert torch.get_num_threads() == threads
+                _ = 1 / 0
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -39,6 +39,7 @@ from ptq.kernels.wavefront import sweep_tiles
 from ptq.methods.solution import Solution
 from ptq.runtime.checks import check_float32
 from ptq.runtime.clock import phase
+from ptq.runtime.threads import threads_for
 
 # Relative to mean(diag G).  Output gradients of neighbouring channels are less alike than inputs, and G is known less well than H.
 DAMP_ROWS = 0.1
@@ -84,12 +85,14 @@ def gptq(
     run = partial(sweep, frozen=True) if frozen else run
     panel = max(format.block, panel // format.block * format.block) if format.block else panel
     sweep_rows = partial(run, A=A, U=U, format=format, rule=rule, panel=panel)
-    if G is None:
-        q, scales, row_loss = sweep_rows(x)
-    else:
-        in_tiles = partial(sweep_tiles, A=A, U=U, format=format, rule=rule, panel=panel)
-        sweep_panels = in_tiles if run is kernels.sweep else partial(sweep_one_by_one, sweep_rows=sweep_rows)
-        q, scales, row_loss = sweep_row_panels(x, G, sweep_panels, row_panel or rows_at_once(x.shape[-2]))
+    row_panel = row_panel or rows_at_once(x.shape[-2])
+    with threads_for(x.shape[:-1].numel() if G is None else x.shape[:-2].numel() * row_panel):
+        if G is None:
+            q, scales, row_loss = sweep_rows(x)
+        else:
+            in_tiles = partial(sweep_tiles, A=A, U=U, format=format, rule=rule, panel=panel)
+            sweep_panels = in_tiles if run is kernels.sweep else partial(sweep_one_by_one, sweep_rows=sweep_rows)
+            q, scales, row_loss = sweep_row_panels(x, G, sweep_panels, row_panel)
 
     undo, span = order.argsort(), format.span(x.shape[-1])
     codes = in_order(format.elements.encode(q), undo, -1)
