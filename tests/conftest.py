@@ -4,7 +4,9 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +67,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if hasattr(config, "workerinput"):  # so that no worker begins a long test when the others are done
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@contextmanager
+def disk_full_at(index: int) -> Iterator[None]:
+    """Inside the block the disk is full when the layer of that number is to be written."""
+    from ptq.run.resume import Unfinished
+
+    write = Unfinished.write_layer
+
+    def full(self: Unfinished, done: Any, *arguments: Any) -> None:
+        if done.layer.index == index:
+            raise OSError(28, "No space left on device")
+        write(self, done, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Unfinished, "write_layer", full)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

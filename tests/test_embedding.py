@@ -20,8 +20,9 @@ from ptq.models.loading import open_model
 from ptq.run.loop import Calibration, quantize_model
 from ptq.run.plan import make_plan
 from ptq.run.recipe import Recipe
-from ptq.run.resume import Unfinished, unfinished_folder
+from ptq.run.resume import unfinished_folder
 
+from .conftest import disk_full_at
 from .test_head import quantize, shards
 from .tiny import TEXT, save_tiny, tiny_tokenizer
 
@@ -117,20 +118,12 @@ def test_in_place_and_from_disk_the_same(tmp_path):
     assert torch.equal(model.get_output_embeddings().weight, before)
 
 
-def test_a_run_that_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+def test_a_run_that_stopped_goes_on_to_the_same_bytes(tmp_path):
     """When the embeddings and a layer have been written."""
     save_tiny(tmp_path / "model", tie_word_embeddings=True)
     given = {"model": tmp_path / "model", "rules": [("embed_tokens", "fp8")]}
     whole = quantize(**given, output=tmp_path / "whole")
-    write = Unfinished.write_layer
-
-    def full(self, done, *arguments):
-        if done.layer.index == 1:
-            raise OSError(28, "No space left on device")
-        write(self, done, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(Unfinished, "write_layer", full)
+    with disk_full_at(1), pytest.raises(OSError):
         quantize(**given, output=tmp_path / "out")
     assert len(list((unfinished_folder(tmp_path / "out") / "layers").iterdir())) == 2
     again = quantize(**given, output=tmp_path / "out", resume=True)

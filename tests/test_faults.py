@@ -31,6 +31,7 @@ from ptq.run.resume import Unfinished, lock, unfinished_folder
 from ptq.runtime.distributed import Ranks, exchange
 from ptq.runtime.heartbeat import beat_and_listen
 
+from .conftest import disk_full_at
 from .tiny import TEXT, save_tiny, tiny_model
 
 TOKENS = torch.arange(64).view(4, 16)
@@ -85,15 +86,8 @@ def test_a_layer_that_a_disk_changes_later_is_no_result(quantize, tmp_path, monk
     assert CHANGED in capsys.readouterr().err
 
 
-def test_a_layer_that_a_disk_changes_before_it_is_gone_on_with(quantize, tmp_path, monkeypatch, capsys):
-    def full(self, done, *arguments) -> None:
-        if done.layer.index == 1:
-            raise OSError(28, "No space left on device")
-        write(self, done, *arguments)
-
-    write = Unfinished.write_layer
-    with monkeypatch.context() as patch:
-        patch.setattr(Unfinished, "write_layer", full)
+def test_a_layer_that_a_disk_changes_before_it_is_gone_on_with(quantize, tmp_path, capsys):
+    with disk_full_at(1):
         assert quantize("--method", "gptq") == 1
     turn_a_bit(tmp_path / "out.unfinished" / "checkpoint")
     assert quantize("--method", "gptq", "--resume") == 1

@@ -14,8 +14,9 @@ from ptq.models.headers import from_headers
 from ptq.models.loading import open_model
 from ptq.run.plan import make_plan
 from ptq.run.recipe import Recipe
-from ptq.run.resume import Unfinished, unfinished_folder
+from ptq.run.resume import unfinished_folder
 
+from .conftest import disk_full_at
 from .test_unfinished import contents
 from .tiny import save_tiny, tiny_tokenizer
 
@@ -69,20 +70,12 @@ def test_of_a_model_in_memory_the_same_and_the_model_is_not_changed(tmp_path):
 
 
 @pytest.mark.parametrize("index", [1, 2])
-def test_a_run_that_stopped_before_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, index):
+def test_a_run_that_stopped_before_it_goes_on_to_the_same_bytes(tmp_path, index):
     """When the layer of that number, the head being 2, is to be written."""
     save_tiny(tmp_path / "model", tie_word_embeddings=True)
     given = {"model": tmp_path / "model", "rules": [("lm_head", "nvfp4")]}
     whole = quantize(**given, output=tmp_path / "whole")
-    write = Unfinished.write_layer
-
-    def full(self, done, *arguments):
-        if done.layer.index == index:
-            raise OSError(28, "No space left on device")
-        write(self, done, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(Unfinished, "write_layer", full)
+    with disk_full_at(index), pytest.raises(OSError):
         quantize(**given, output=tmp_path / "out")
     assert len(list((unfinished_folder(tmp_path / "out") / "layers").iterdir())) == index
     again = quantize(**given, output=tmp_path / "out", resume=True)

@@ -18,11 +18,11 @@ from ptq.eval.perplexity import evaluate
 from ptq.models.adapter import ModelAdapter
 from ptq.run.loop import Calibration, quantize_model
 from ptq.run.recipe import Recipe
-from ptq.run.resume import Unfinished
 from ptq.run.smoothing import Rescaled, candidates, smooth
 from ptq.runtime.distributed import Ranks
 from ptq.settings import Settings
 
+from .conftest import disk_full_at
 from .tiny import TEXT, tiny_model, tiny_tokenizer
 
 PAIRS = {"nvfp4": (NVFP4, NVFP4_INPUT), "mxfp4": (MXFP4, MXFP4_INPUT)}
@@ -136,7 +136,7 @@ def made(tmp_path):
 
 @pytest.mark.parametrize("effort", ["default", "best"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_streamed_in_memory_and_resumed_are_the_same_bytes_with_scaled_gains(tmp_path, made, monkeypatch, dtype, effort):
+def test_streamed_in_memory_and_resumed_are_the_same_bytes_with_scaled_gains(tmp_path, made, dtype, effort):
     """Each has been read back by transformers, with equal logits, or the run would have failed."""
     folder, how = made(dtype)
     how |= {"effort": effort, "rule": "mse"}  # the rule whose search takes least
@@ -145,17 +145,8 @@ def test_streamed_in_memory_and_resumed_are_the_same_bytes_with_scaled_gains(tmp
     stored = next(t[gain] for p in (tmp_path / "streamed").glob("*.safetensors") if gain in (t := load_file(p)))
     ratio = stored / with_outliers(dtype=dtype).get_parameter(gain).to(torch.bfloat16)
     assert (ratio != 1).any() and torch.equal(ratio.log2(), ratio.log2().round())
-    write = Unfinished.write_layer
-
-    def full(self, done, *arguments):
-        if done.layer.index == 1:
-            raise OSError(28, "No space left on device")
-        write(self, done, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Unfinished, "write_layer", full)
-        with pytest.raises(OSError):
-            ptq.quantize(str(folder), output=tmp_path / "resumed", **how)
+    with disk_full_at(1), pytest.raises(OSError):
+        ptq.quantize(str(folder), output=tmp_path / "resumed", **how)
     ptq.quantize(str(folder), output=tmp_path / "resumed", resume=True, **how)
     assert contents(tmp_path / "resumed") == contents(tmp_path / "streamed")
 

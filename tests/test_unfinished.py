@@ -25,7 +25,7 @@ from ptq.run.recipe import Recipe
 from ptq.run.resume import Unfinished, unfinished_folder
 from ptq.runtime.distributed import Ranks
 
-from .conftest import PYTHONPATH, ROOT
+from .conftest import PYTHONPATH, ROOT, disk_full_at
 from .test_script import main  # noqa: F401  # a fixture
 from .tiny import TEXT, save_tiny
 
@@ -99,13 +99,6 @@ def job(tmp_path) -> list[str]:
 WRITE_LAYER = Unfinished.write_layer
 
 
-def full_at_the_second(self, done, *arguments):
-    """The disk is full when the second layer is written."""
-    if done.layer.index == 1:
-        raise OSError(28, "No space left on device")
-    WRITE_LAYER(self, done, *arguments)
-
-
 @pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(python, tmp_path, job):
     """Three kills here; CONTRIBUTING.md has the command for more."""
@@ -148,8 +141,7 @@ def test_every_effort_goes_on_to_the_same_bytes(main, tmp_path, job, options, mo
     """The disk is full when the second of three layers is written."""
     output = tmp_path / "out"
     arguments = [*job, *options, "--device", "cpu", "--output"]
-    with monkeypatch.context() as patch:
-        patch.setattr(Unfinished, "write_layer", full_at_the_second)
+    with disk_full_at(1):
         assert main([*arguments, str(output)]) == 1
     assert len(list((unfinished_folder(output) / "layers").iterdir())) == 1
     assert main([*arguments, str(output), "--resume"]) == 0
@@ -160,8 +152,7 @@ def test_every_effort_goes_on_to_the_same_bytes(main, tmp_path, job, options, mo
 def test_another_models_weights_are_not_gone_on_with(main, tmp_path, job, capsys, monkeypatch):  # noqa: F811
     """After one layer a weight of another changes, as when an adapter is merged in place: size and header stay."""
     output, path = tmp_path / "out", tmp_path / "model" / "model.safetensors"
-    with monkeypatch.context() as patch:
-        patch.setattr(Unfinished, "write_layer", full_at_the_second)
+    with disk_full_at(1):
         assert main([*job, *QUICK, "--output", str(output)]) == 1
     header, tensors = read_header(path), load_file(path)
     tensors["model.layers.2.mlp.up_proj.weight"][5, 7] += 0.5
