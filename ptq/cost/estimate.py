@@ -18,6 +18,8 @@ BF16_RATE = 790e12
 """bfloat16 matmul, operations a second: measured, 8192³."""
 DISK_RATE = {"write": 2e9, "read": 3.3e9}
 """Bytes a second of G from the GPU to files, by two threads; and back, unpacked."""
+FACTOR_RATE = 81.8e12
+"""Operations a second of a factorization and its inverse, the large products by bfloat16 pieces."""
 STEP = 4.7e-4
 """Seconds to launch one step of row feedback: an antidiagonal of tiles."""
 FP32_RATE = 66.8e12
@@ -149,7 +151,7 @@ def solve_seconds(d_out: int, d_in: int, count: int = 1) -> tuple[float, float, 
     weights, product, cube = count * d_out * d_in, count * d_out * d_in * d_in, count * d_in**3
     columns = d_in * -(-count // max(1, HESSIANS_AT_ONCE // d_in**2))  # one after the other, in all batches
     return (
-        2 / 3 * cube / 81.8e12 + 1.4e-6 * columns,
+        2 / 3 * cube / FACTOR_RATE + 1.4e-6 * columns,
         product / 99e12 + 2.9e-10 * weights + 6.6e-7 * columns,
         product / 361e12 + 0.93e-10 * weights,
         (cube / 3 + 3 * product) / 72.2e12 + 2.36e-6 * columns,
@@ -159,7 +161,7 @@ def solve_seconds(d_out: int, d_in: int, count: int = 1) -> tuple[float, float, 
 def row_feedback_seconds(d_out: int, d_in: int) -> float:
     """What sweeping a linear by tiles takes more than at once: launches, reading G, and its factor."""
     steps = -(-d_out // rows_at_once(d_out)) + d_in // 128
-    return STEP * steps + 4 * packed_size(d_out) / DISK_RATE["read"] + 2 / 3 * d_out**3 / 81.8e12
+    return STEP * steps + 4 * packed_size(d_out) / DISK_RATE["read"] + 2 / 3 * d_out**3 / FACTOR_RATE
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,17 @@ def sync(path: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    on_cpu = {name: to_cpu(tensor.contiguous()) for name, tensor in tensors.items()}
-    save_durably(path, lambda temporary: save_file(on_cpu, temporary, metadata={"format": "pt"}))
+    there = on_cpu(tensors)
+    save_durably(path, lambda temporary: save_file(there, temporary, metadata={"format": "pt"}))
 
 
-def to_cpu(tensor: Tensor) -> Tensor:
-    """On the CPU; from a GPU into pinned memory, which takes 8 ms for 400 MB where other memory takes 300."""
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor) if tensor.is_cuda else tensor
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, on the CPU; from a GPU into pinned memory, which takes 8 ms for 400 MB where other memory takes 300."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return {
+        name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor) if tensor.is_cuda else tensor
+        for name, tensor in whole.items()
+    }
 
 
 def save_text(path: Path, text: str) -> None:

@@ -85,14 +85,12 @@ def gptq(
     run = partial(sweep, frozen=True) if frozen else run
     panel = max(format.block, panel // format.block * format.block) if format.block else panel
     sweep_rows = partial(run, A=A, U=U, format=format, rule=rule, panel=panel)
-    row_panel = row_panel or rows_at_once(x.shape[-2])
-    with threads_for(x.shape[:-1].numel() if G is None else x.shape[:-2].numel() * row_panel):
-        if G is None:
-            q, scales, row_loss = sweep_rows(x)
-        else:
-            in_tiles = partial(sweep_tiles, A=A, U=U, format=format, rule=rule, panel=panel)
-            sweep_panels = in_tiles if run is kernels.sweep else partial(sweep_one_by_one, sweep_rows=sweep_rows)
-            q, scales, row_loss = sweep_row_panels(x, G, sweep_panels, row_panel)
+    if G is None:
+        q, scales, row_loss = sweep_rows(x)
+    else:
+        in_tiles = partial(sweep_tiles, A=A, U=U, format=format, rule=rule, panel=panel)
+        sweep_panels = in_tiles if run is kernels.sweep else partial(sweep_one_by_one, sweep_rows=sweep_rows)
+        q, scales, row_loss = sweep_row_panels(x, G, sweep_panels, row_panel or rows_at_once(x.shape[-2]))
 
     undo, span = order.argsort(), format.span(x.shape[-1])
     codes = in_order(format.elements.encode(q), undo, -1)
@@ -180,20 +178,21 @@ def sweep(
     x = x.clone()
     q, scales = torch.empty_like(x), x.new_empty(*batch, rows, n // format.block)
     row_loss = torch.zeros(*batch, rows, dtype=torch.float64, device=x.device)
-    for start in range(0, n, panel):
-        stop = min(start + panel, n)
-        columns, blocks = slice(start, stop), slice(start // format.block, stop // format.block)
-        q[..., columns], scales[..., blocks], E = sweep_panel(
-            x[..., columns],
-            H_blocks[..., blocks, :, :],
-            U_blocks[..., blocks, :, :],
-            U[..., columns, columns],
-            format,
-            rule,
-            None if fixed is None else fixed[..., blocks, :],
-        )
-        x[..., stop:] -= E @ U[..., columns, stop:]
-        row_loss += E.square().sum(-1, dtype=torch.float64)
+    with threads_for(x.shape[:-1].numel()):
+        for start in range(0, n, panel):
+            stop = min(start + panel, n)
+            columns, blocks = slice(start, stop), slice(start // format.block, stop // format.block)
+            q[..., columns], scales[..., blocks], E = sweep_panel(
+                x[..., columns],
+                H_blocks[..., blocks, :, :],
+                U_blocks[..., blocks, :, :],
+                U[..., columns, columns],
+                format,
+                rule,
+                None if fixed is None else fixed[..., blocks, :],
+            )
+            x[..., stop:] -= E @ U[..., columns, stop:]
+            row_loss += E.square().sum(-1, dtype=torch.float64)
     return q, scales, row_loss
 
 

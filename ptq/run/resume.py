@@ -24,7 +24,7 @@ from torch import Tensor
 from ptq.calibrate.importance import TokenImportance
 from ptq.calibrate.inputs import Inputs
 from ptq.export.checkpoint import Formats, check_layer, layer_tensors, restore_layer, shard_name
-from ptq.export.files import save_tensors, save_text, sync
+from ptq.export.files import on_cpu, save_tensors, save_text, sync
 from ptq.export.layout import Layout
 from ptq.export.manifest import digests, read_manifest
 from ptq.run.curvature import Curvature, beside
@@ -106,7 +106,7 @@ class Unfinished:
 
     def write_layer(self, done: LayerResult, tensors: Mapping[str, Tensor], formats: Formats, layout: Layout) -> None:
         """Stores a layer for good.  Raises ReadBackError where its file does not read back as the layer."""
-        path = self.checkpoint / shard_name(done.layer.index, self.layers)
+        path, tensors = self.checkpoint / shard_name(done.layer.index, self.layers), on_cpu(tensors)  # once, and hashed there
         save_tensors(path, tensors)
         check_layer(path, done.layer, formats, layout)
         records = [asdict(record) for record in done.records]
