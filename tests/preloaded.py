@@ -83,13 +83,16 @@ def run(arguments: list[str], folder: str, environment: dict[str, str], descript
 
 def ask(address: str, arguments: list[str]) -> int:
     """The exit code, negative for a signal."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is a program that they can be handed on to
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.connect(address)
         asked = json.dumps([arguments, os.getcwd(), dict(os.environ)])
         socket.send_fds(server, [asked.encode()], [0, 1, 2])
         program = int(server.recv(20))
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in signals:
             signal.signal(number, lambda number, _: os.kill(program, number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return int(server.recv(20))
 
 
