@@ -15,6 +15,7 @@ from ptq.run.loop import Calibration, quantize_model
 from ptq.run.plan import make_plan, with_block
 from ptq.run.recipe import Recipe
 from ptq.run.record import CertificateError, LinearStats, certify
+from ptq.runtime.distributed import Ranks
 from ptq.runtime.hooks import observe_outputs
 
 from .tiny import tiny_model
@@ -231,6 +232,18 @@ def test_out_of_memory_halves_the_batch_once_and_says_so():
         weights = token_importance(SmallDevice(tiny_model()), batches, segment=1)
     plain = token_importance(ModelAdapter(tiny_model()), tokens(6).split(2), segment=1)
     assert all(torch.equal(torch.cat(weights[name]), torch.cat(plain[name])) for name in plain)
+
+
+def test_out_of_memory_halves_what_ran_not_a_batch_that_no_group_fills():
+    """Sixteen sequences run in eight groups, two at once, whatever more a batch may have."""
+    adapter = SmallDevice(tiny_model())
+    adapter.most = 1
+    expected = [q.codes for _, q in quantize_model(ModelAdapter(tiny_model()), CONFIGS[0], Calibration(tokens(16).split(1)))]
+    with pytest.warns(UserWarning, match="out of memory in phase 'forward': going on with 1 sequences at once"):
+        done = [q.codes for _, q in quantize_model(adapter, CONFIGS[0], Calibration(tokens(16).split(16)))]
+    assert all(torch.equal(a, b) for a, b in zip(done, expected, strict=True))
+    with pytest.warns(UserWarning, match="phase 'importance'.*with 1 sequences"):
+        token_importance(adapter, tokens(16).split(16), segment=1, groups=Ranks().groups(16))
 
 
 def test_out_of_memory_after_that_names_the_phase_and_what_to_set():

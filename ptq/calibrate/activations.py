@@ -101,17 +101,22 @@ class Activations:
             arrived.record(self._copies)
         return x, arrived
 
-    def halve(self, phase: str, error: torch.OutOfMemoryError) -> None:
-        """Half the batch, once, saying so.  Raises OutOfMemoryError with what to set where that was tried or cannot be."""
-        if self.halved or self.batch == 1:
+    def at_once(self, groups: Sequence[slice], divisor: int = 1) -> int:
+        """Sequences that run at once: a `divisor`-th of the batch, no more than the largest of the `groups` has, one at least."""
+        return max(1, min(self.batch // divisor, *(group.stop - group.start for group in groups)))
+
+    def halve(self, phase: str, error: torch.OutOfMemoryError, at_once: int, divisor: int) -> None:
+        """Half of the sequences that ran `at_once`, once, saying so.  Raises OutOfMemoryError with what to set where that was
+        tried or cannot be."""
+        if self.halved or at_once == 1:
             place = "" if self.on_host or self.device.type != "cuda" else ", --hidden-states host"
             raise torch.OutOfMemoryError(
-                f"out of memory in phase {phase!r} with {self.batch} sequences at once; set --batch {max(1, self.batch // 2)}"
+                f"out of memory in phase {phase!r} with {at_once} sequences at once; set --batch {max(1, at_once * divisor // 2)}"
                 f"{place}, or give fewer or shorter sequences ({str(error).splitlines()[0]})"
             ) from error
-        self.batch, self.halved = self.batch // 2, True
+        self.batch, self.halved = at_once // 2 * divisor, True
         self._ahead.clear()
-        warnings.warn(f"out of memory in phase {phase!r}: going on with {self.batch} sequences at once", stacklevel=2)
+        warnings.warn(f"out of memory in phase {phase!r}: going on with {at_once // 2} sequences at once", stacklevel=2)
 
 
 def embed_all(
@@ -155,11 +160,12 @@ def each_batch(
     first = start = groups[0].start
     while start < groups[-1].stop:
         end = next(group.stop for group in groups if start < group.stop)
-        rows = slice(start, min(start + max(1, hidden.batch // divisor), end))
+        at_once = hidden.at_once(groups, divisor)
+        rows = slice(start, min(start + at_once, end))
         try:
             work(rows)
         except torch.OutOfMemoryError as error:
-            hidden.halve(phase, error)
+            hidden.halve(phase, error, at_once, divisor)
         else:
             start = rows.stop
             continue
