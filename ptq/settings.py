@@ -19,9 +19,10 @@ EFFORTS: dict[str, dict] = {
     "default": {"rule": "joint", "token_importance": "none", "drift": "full", "row_feedback": False},
     "best": {"rule": "joint", "token_importance": "sampled", "drift": "full", "row_feedback": True},
 }
-# Rounded to so few bits, inputs are noisy, and drift at full strength does harm on text unlike the calibration's
-# (docs/activations.md has the numbers): the default effort makes half of it good.  Every effort scales channels for them.
+# Rounded to so few bits, inputs are noisy: every effort scales channels for them, and drift is held by a larger ridge
+# (docs/activations.md has the numbers).
 NOISY = ("nvfp4", "mxfp4")
+RIDGE, NOISY_RIDGE = 0.1, 1.0
 RTN = {"rule": "local", "token_importance": "none", "drift": "none", "row_feedback": False, "smooth": False}
 # How much of what earlier layers lost is made good, and from how many passes.
 DRIFTS: dict[str, dict] = {
@@ -57,8 +58,12 @@ LEAST = {"sequences": 1, "windows": 1, "length": 2, "batch": 1, "validation": 0}
 
 def settings_of_effort(effort: str, activations: str = "none") -> dict[str, Any]:
     """What GPTQ does at that effort, with inputs rounded to those activations."""
-    half = {"drift": "half"} if effort == "default" and activations in NOISY else {}
-    return EFFORTS[effort] | half | {"smooth": activations in NOISY}
+    return EFFORTS[effort] | {"smooth": activations in NOISY}
+
+
+def usual_ridge(activations: str) -> float:
+    """Of drift, relative to mean(diag H)."""
+    return NOISY_RIDGE if activations in NOISY else RIDGE
 
 
 @dataclass(frozen=True)

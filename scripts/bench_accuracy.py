@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--ridge", type=float, default=0.1, help="for drift")
+    parser.add_argument("--ridge", type=float, help="for drift (default: what is usual with the activations)")
     parser.add_argument("--evaluate", nargs="+", required=True)
     parser.add_argument("--windows", type=int, default=120)
     parser.add_argument("--test-length", type=int, help="tokens a window to evaluate on (default: --length)")
@@ -102,8 +102,8 @@ def runs_of(args: argparse.Namespace) -> list[tuple[dict, Recipe]]:
         label = name if name != "int4" else f"{name}_g{format.block}"
         for case in (settings_of(case, inputs) for case in args.cases):
             for damp in args.damp if case["method"] == "gptq" else args.damp[:1]:
-                settings = {"format": label, "activations": inputs, **case, "damp": damp, "ridge": args.ridge}
-                runs.append((settings, make_recipe(format, case, damp, ridge=args.ridge, activation=activation)))
+                recipe = make_recipe(format, case, damp, ridge=args.ridge, activation=activation)
+                runs.append(({"format": label, "activations": inputs, **case, "damp": damp, "ridge": recipe.ridge}, recipe))
     return runs
 
 

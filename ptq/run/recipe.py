@@ -8,6 +8,7 @@ from ptq.core.activations import ActivationFormat
 from ptq.core.formats import NVFP4, Format
 from ptq.core.scales import RULES
 from ptq.methods import METHODS
+from ptq.settings import RIDGE
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Recipe:
     activation: ActivationFormat | None = None
     drift: float = 0.0
     stagewise: bool = True
-    ridge: float = 0.1
+    ridge: float = RIDGE
     row_feedback: bool = False
     frozen: bool = False
     smooth: bool = False

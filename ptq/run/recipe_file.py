@@ -25,7 +25,7 @@ from ptq.core.activations import FP8_TOKEN_INPUT, get_activation
 from ptq.core.formats import FP8_ROWS
 from ptq.run.plan import named_format
 from ptq.run.recipe import Choice, OpenRules, Recipe, Rules
-from ptq.settings import DRIFTS, EFFORTS, RTN, settings_of_effort
+from ptq.settings import DRIFTS, EFFORTS, RTN, settings_of_effort, usual_ridge
 
 LARGEST_FILE = 2**16
 # Key -> the type of its value.
@@ -139,7 +139,7 @@ def recipe_from(rule: Mapping[str, Any]) -> Recipe:
         rule_name,
         rule.get("damp", 0.01),
         activation=get_activation(activations),
-        ridge=rule.get("ridge", 0.1),
+        ridge=rule.get("ridge", usual_ridge(activations)),
         row_feedback=rule.get("row_feedback", usual.get("row_feedback", False)),
         smooth=rule.get("smooth", usual["smooth"]),
         **DRIFTS[rule.get("drift", usual["drift"])],

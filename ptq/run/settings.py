@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from ptq.core.activations import get_activation
+from ptq.core.activations import ActivationFormat, get_activation
 from ptq.core.formats import Format, get_format
 from ptq.core.scales import RULES
 from ptq.methods import METHODS
 from ptq.run.plan import with_block
 from ptq.run.recipe import Recipe
-from ptq.settings import DRIFTS, EFFORTS, IMPORTANCES, Settings, settings_of_effort
+from ptq.settings import DRIFTS, EFFORTS, IMPORTANCES, Settings, settings_of_effort, usual_ridge
 
 
 def settings_of(case: str, activations: str = "none") -> dict:
@@ -34,16 +34,24 @@ def settings_of(case: str, activations: str = "none") -> dict:
     return {"method": method, **chosen, "frozen": frozen, "effort": effort}
 
 
-def make_recipe(format: Format, settings: Mapping[str, Any], damp: float = 0.01, **more: Any) -> Recipe:
+def make_recipe(
+    format: Format,
+    settings: Mapping[str, Any],
+    damp: float = 0.01,
+    *,
+    activation: ActivationFormat | None = None,
+    ridge: float | None = None,
+) -> Recipe:
     """What `settings` say by the names of `settings_of`: method, rule, token_importance, drift, row_feedback, frozen, smooth.
 
-    `more`: other fields of Recipe.  Raises ValueError where they do not fit each other.
+    `ridge`: None, what is usual with those activations.  Raises ValueError where they do not fit each other.
     """
     if settings["row_feedback"] and settings["token_importance"] == "none":
         raise ValueError("row feedback needs the backward pass of token importance text or sampled, and it is none")
     chosen = DRIFTS[settings["drift"]] | {"row_feedback": settings["row_feedback"]}
     chosen |= {name: settings.get(name, False) for name in ("frozen", "smooth")}
-    return Recipe(format, settings["method"], settings["rule"], damp, **(chosen | more))
+    ridge = usual_ridge(activation.name if activation else "none") if ridge is None else ridge
+    return Recipe(format, settings["method"], settings["rule"], damp, activation, ridge=ridge, **chosen)
 
 
 def base_recipe(settings: Settings) -> Recipe:
