@@ -188,6 +188,23 @@ def test_out_of_memory_in_a_wave_does_it_again_with_half_the_batch(family, wave,
         assert torch.equal(weight.codes, found[1][name].codes) and torch.equal(weight.scales, found[1][name].scales)
 
 
+@torch.no_grad()
+def test_no_pass_is_kept_after_memory_ran_out():
+    """On a GPU they may be what took it."""
+    model = tiny_model()
+    adapter = ModelAdapter(model)
+    layer = next(adapter.layers())
+    stream = Stream(embed_all(adapter, tokens(7).split(4)), Ranks(), 7)
+    going = Passes(adapter, layer, adapter.plan(layer), stream, keep_ours=True)
+    first, second, *_ = going.plan.waves
+    collect(going, first, [[0]] * len(first))
+    assert paused() == 2
+    Full(layer.module.self_attn.o_proj, original=False)
+    with pytest.warns(UserWarning, match="going on with 2 sequences at once"):
+        collect(going, second, [[0]] * len(second))
+    assert paused() == 0
+
+
 @pytest.mark.parametrize("original", [False, True], ids=["ours", "original"])
 @torch.no_grad()
 def test_out_of_memory_while_passes_end_begins_those_that_are_left(original, monkeypatch):

@@ -8,7 +8,7 @@ from ptq.models.adapter import ModelAdapter
 from ptq.run.plan import make_plan
 from ptq.run.recipe import Recipe, recipe_of
 from ptq.run.recipe_file import LARGEST_FILE, read_recipe
-from ptq.settings import DRIFTS
+from ptq.settings import DRIFTS, NOISY_RIDGE
 
 from .tiny import tiny_model
 
@@ -33,7 +33,7 @@ def read(tmp_path, text):
 def test_rules_come_in_order_and_the_last_one_holds(tmp_path):
     rules = read(tmp_path, MIXED)
     assert recipe_of("model.layers.0.mlp.up_proj", rules) == Recipe(
-        NVFP4, rule="joint", **DRIFTS["half"], activation=NVFP4_INPUT, smooth=True
+        NVFP4, rule="joint", **DRIFTS["full"], activation=NVFP4_INPUT, ridge=NOISY_RIDGE, smooth=True
     )
     assert recipe_of("model.layers.1.self_attn.q_proj", rules) == Recipe(FP8_ROWS, rule="mse", activation=FP8_TOKEN_INPUT)
     assert recipe_of("model.layers.1.mlp.down_proj", rules) is None

@@ -5,8 +5,8 @@
         the wave is quantized
 
 So a layer is run once for all its waves, and in the original once more.  A paused pass holds what its layer's code holds then:
-of a Llama layer at most the residual stream and the input of down_proj.  Where there is no memory for that a pass is let go,
-and runs again from the layer's input; the result is the same.
+of a Llama layer at most the residual stream and the input of down_proj.  Where there is no memory for that, or was none once, a
+pass is let go, and runs again from the layer's input; the result is the same.
 """
 
 from collections.abc import Mapping
@@ -81,11 +81,13 @@ class Passes:
         return self._running
 
     def put_back(self, rows: slice, passes: list[LayerPass]) -> None:
-        """To go on later, if they can and there is memory for it; of a pair that stands at a wave both or none."""
+        """To go on later, if they can and there is memory for it, which there is not where it ran out once; of a pair that stands
+        at a wave both or none."""
         self._running = []
         keep = [keep for keep, _ in zip(self._keep, passes, strict=False)]
         whole = all(one.can_finish for one, wanted in zip(passes, keep, strict=True) if wanted)
-        if not whole or not any(keep) or free_share(self.stream.hidden.device) <= RESERVE:
+        hidden = self.stream.hidden
+        if not whole or not any(keep) or hidden.halved or free_share(hidden.device) <= RESERVE:
             close(passes)
             return
         close([one for one, wanted in zip(passes, keep, strict=True) if not wanted])

@@ -14,11 +14,13 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 def free_share(device: torch.device) -> float:
     """The part of the device's memory that this process could still take.
 
-    On a GPU that counts what torch's allocator holds and does not use; on a CPU, the limit of the container, if it has one.
+    On a GPU that counts what torch's allocator holds and does not use, and all is what the process was left of it
+    (torch.cuda.set_per_process_memory_fraction); on a CPU, the limit of the container, if it has one.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / total
+        limit, used = total * torch.cuda.get_per_process_memory_fraction(device), torch.cuda.memory_allocated(device)
+        return min(free + torch.cuda.memory_reserved(device) - used, limit - used) / limit
     host = psutil.virtual_memory()
     limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
     if limit == "max" or int(limit) >= host.total:
