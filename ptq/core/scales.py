@@ -114,13 +114,15 @@ def round_with_feedback(x: Tensor, s: Tensor, U: Tensor, elements: Elements) -> 
     x (b, r, k), s (..., b, r), U (b, k, k) upper.  Returns the rounded values in units of s and the errors
     E_c = (x_c - s q_c) / U_cc, both (..., b, r, k).  The loss identity: Σ E² = Δᵀ (Uᵀ U)⁻¹ Δ with Δ = x - s q.
     """
-    left = x.expand(*s.shape, x.shape[-1]).clone()
+    # Columns first in memory, so that what is done to one goes along it.
+    (b, r, k), more = x.shape, [1] * (s.dim() - 2)
+    left = x.movedim(-1, 0).reshape(k, *more, b, r).expand(k, *s.shape).clone(memory_format=torch.contiguous_format)
     q, E = torch.empty_like(left), torch.empty_like(left)
-    for c in range(x.shape[-1]):
-        q[..., c] = elements.round(left[..., c] / s)
-        E[..., c] = (left[..., c] - s * q[..., c]) / U[:, None, c, c]
-        left[..., c + 1 :] -= E[..., c, None] * U[:, None, c, c + 1 :]
-    return q, E
+    for c in range(k):
+        q[c] = elements.round(left[c] / s)
+        E[c] = (left[c] - s * q[c]) / U[:, c, c, None]
+        left[c + 1 :] -= E[c] * U[:, c, c + 1 :].mT.reshape(k - c - 1, *more, b, 1)
+    return q.movedim(0, -1), E.movedim(0, -1).contiguous()
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
