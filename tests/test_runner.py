@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ptq.calibrate.activations import Activations
 from ptq.calibrate.hessian import Hessian
 from ptq.calibrate.importance import token_importance
 from ptq.core.activations import NVFP4_INPUT
@@ -244,6 +245,12 @@ def test_out_of_memory_halves_what_ran_not_a_batch_that_no_group_fills():
     assert all(torch.equal(a, b) for a, b in zip(done, expected, strict=True))
     with pytest.warns(UserWarning, match="phase 'importance'.*with 1 sequences"):
         token_importance(adapter, tokens(16).split(16), segment=1, groups=Ranks().groups(16))
+
+
+def test_a_batch_is_as_large_as_the_largest_group():
+    """Nine sequences are one group of two and seven of one."""
+    hidden = Activations((9, 1, 1), torch.float32, torch.device("cpu"), 16, groups=Ranks().groups(9))
+    assert hidden.at_once(hidden.groups) == 2 and hidden.at_once(hidden.groups, divisor=16) == 1
 
 
 def test_out_of_memory_after_that_names_the_phase_and_what_to_set():

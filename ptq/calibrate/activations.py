@@ -103,7 +103,7 @@ class Activations:
 
     def at_once(self, groups: Sequence[slice], divisor: int = 1) -> int:
         """Sequences that run at once: a `divisor`-th of the batch, no more than the largest of the `groups` has, one at least."""
-        return max(1, min(self.batch // divisor, *(group.stop - group.start for group in groups)))
+        return max(1, min(self.batch // divisor, max(group.stop - group.start for group in groups)))
 
     def halve(self, phase: str, error: torch.OutOfMemoryError, at_once: int, divisor: int) -> None:
         """Half of the sequences that ran `at_once`, once, saying so.  Raises OutOfMemoryError with what to set where that was
