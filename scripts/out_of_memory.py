@@ -24,12 +24,14 @@ from ptq.core.formats import get_format
 from ptq.run.loop import Calibration, quantize_layers
 from ptq.run.plan import make_plan
 from ptq.run.settings import make_recipe, settings_of
+from ptq.runtime.memory import out_of_memory_says
 from ptq.settings import EFFORTS
 
 VOCABULARY = 1024
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 SAME = 1e-2  # of the mean error: sums of other batches turn near-ties over
-WHAT_TO_SET = re.compile(r"out of memory in phase '\w+'.* set --|set --hidden-states host")
+REMEDY = "give --batch 1, fewer sequences or shorter ones"
+WHAT_TO_SET = re.compile(rf"out of memory .*; set --|no memory left .*{REMEDY}$")
 
 
 def quantize(config: PretrainedConfig, effort: str, tokens: torch.Tensor) -> dict:
@@ -40,9 +42,10 @@ def quantize(config: PretrainedConfig, effort: str, tokens: torch.Tensor) -> dic
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            for done in quantize_layers(adapter, plan, Calibration((tokens,))):
-                errors += [record.error for record in done.records]
-                batches.append(done.batch)
+            with out_of_memory_says(REMEDY):
+                for done in quantize_layers(adapter, plan, Calibration((tokens,))):
+                    errors += [record.error for record in done.records]
+                    batches.append(done.batch)
         except torch.OutOfMemoryError as error:
             end = str(error).splitlines()[0]
     told = [str(one.message) for one in said if "out of memory" in str(one.message)]

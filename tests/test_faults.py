@@ -15,6 +15,7 @@ import torch
 from torch.distributed import DistError, TCPStore
 
 import ptq.pipeline.finish
+from ptq.calibrate.activations import Activations
 from ptq.cli import main
 from ptq.export.compressed_tensors import CompressedTensors
 from ptq.export.index import header
@@ -161,6 +162,16 @@ def test_no_memory_to_solve_a_group_names_it(monkeypatch):
     )
     with pytest.raises(torch.OutOfMemoryError, match=said):
         next(quantize_model(ModelAdapter(tiny_model()), Recipe(), Calibration([TOKENS])))
+
+
+def test_no_memory_for_hidden_states_says_how_many_they_are(monkeypatch):
+    def full(*_arguments, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(torch, "empty", full)
+    said = r"hidden states of 8 sequences of 1024 tokens, 0\.5 GB; set --hidden-states host, or .* fewer .*2\.00 GiB\.\)$"
+    with pytest.raises(torch.OutOfMemoryError, match=said):
+        Activations((8, 1024, 16384), torch.float32, torch.device("cpu"), 1)
 
 
 def test_no_memory_is_not_taken_for_a_rank_that_is_gone():

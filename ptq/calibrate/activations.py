@@ -48,7 +48,13 @@ class Activations:
         self.groups = [slice(0, shape[0])] if groups is None else list(groups)
         size = shape[0] * shape[1] * shape[2] * dtype.itemsize
         self.on_host = device.type == "cuda" and (belongs_on_host(size, device) if on_host is None else on_host)
-        self.data = torch.empty(shape, dtype=dtype, device="cpu" if self.on_host else device, pin_memory=self.on_host)
+        try:
+            self.data = torch.empty(shape, dtype=dtype, device="cpu" if self.on_host else device, pin_memory=self.on_host)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"out of memory for the hidden states of {shape[0]} sequences of {shape[1]} tokens, {size / 1e9:.1f} GB; set "
+                f"--hidden-states host, or give fewer or shorter sequences ({str(error).splitlines()[0]})"
+            ) from error
         self.device, self.batch, self.halved = device, batch, False
         self._ahead: dict[tuple[int, int], tuple[Tensor, torch.cuda.Event]] = {}
         self._copies = torch.cuda.Stream(device) if self.on_host else None

@@ -28,7 +28,7 @@ from ptq.run.plan import make_plan, named_format
 from ptq.run.recipe import Recipe
 from ptq.run.settings import make_recipe, settings_of
 from ptq.run.shared_hessians import quantize_from, store_hessians
-from ptq.runtime.memory import host_memory
+from ptq.runtime.memory import out_of_memory_says
 from ptq.settings import Comparison
 
 TOKENS_AT_ONCE = 4096
@@ -69,7 +69,7 @@ def parse_case(name: str, case: str, args: Comparison) -> Case:
     return Case(recipe, chosen["token_importance"], args.sequential or recipe.drift > 0 or recipe.row_feedback)
 
 
-@host_memory("give fewer --sequences or a shorter --length; the same command goes on with the cases that are missing")
+@out_of_memory_says("give fewer --sequences or a shorter --length; the same command goes on with the cases that are missing")
 def run(args: Comparison) -> list[dict]:
     """The whole job: one result for the model and for each case, the report at the end."""
     cases = cases_of(args)

@@ -21,11 +21,11 @@ from ptq.eval.results import labels, provenance, stamp, surroundings, write
 from ptq.eval.text import First, Text, measure_text, tokenize
 from ptq.models.loading import quiet
 from ptq.models.location import locate
-from ptq.runtime.memory import host_memory
+from ptq.runtime.memory import out_of_memory_says
 from ptq.settings import Evaluation
 
 
-@host_memory("give a shorter --length, --dtype bfloat16 or --batch-size 1; --reuse takes the models that were done")
+@out_of_memory_says("give a shorter --length, --dtype bfloat16 or --batch-size 1; --reuse takes the models that were done")
 def run(args: Evaluation) -> list[dict]:
     """The whole job: one result a model, each written as soon as it is there."""
     for source in args.models:

@@ -31,11 +31,11 @@ from ptq.run.resume import Unfinished, is_complete, unfinished_folder
 from ptq.run.rules import GivenRules, all_rules, described, file_rules
 from ptq.run.settings import base_recipe
 from ptq.runtime.distributed import init_process_group, local_device
-from ptq.runtime.memory import host_memory
+from ptq.runtime.memory import out_of_memory_says
 from ptq.settings import OF_THE_MACHINE, OF_THE_TEXT, PLACES, Settings
 
 
-@host_memory("give --batch 1, fewer --sequences or a shorter --length; finished layers are kept for --resume")
+@out_of_memory_says("give --batch 1, fewer --sequences or a shorter --length; finished layers are kept for --resume")
 def run(
     model: str | Path | PreTrainedModel,
     settings: Settings,

@@ -1,4 +1,4 @@
-"""How much memory is left, on a GPU or on the host, and what is said where the host's ends."""
+"""How much memory is left, on a GPU or on the host, and what is said where it ends."""
 
 import re
 from collections.abc import Iterator
@@ -29,11 +29,19 @@ def free_share(device: torch.device) -> float:
 
 
 @contextmanager
-def host_memory(remedy: str) -> Iterator[None]:
-    """Raises MemoryError, in one line that ends with the `remedy`, where the block asks the host for more memory than it gives;
-    torch raises a RuntimeError of no class of its own."""
+def out_of_memory_says(remedy: str) -> Iterator[None]:
+    """Raises MemoryError, in one line that ends with the `remedy`, where the block asks the host for more memory than it gives
+    (torch raises a RuntimeError of no class of its own), and OutOfMemoryError where it asks a GPU.
+
+    What says already in which phase it was, and what to set, passes.
+    """
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        if reason.startswith("out of memory "):
+            raise
+        raise torch.OutOfMemoryError(f"the GPU has no memory left ({reason}); take one with more, or {remedy}") from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
             raise

@@ -1,4 +1,4 @@
-"""What each command says where the host's memory ends: the address space is capped, for real."""
+"""What is said where memory ends: the host's, whose address space is capped for real, and a GPU's."""
 
 import re
 import resource
@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from ptq.cli import main
-from ptq.runtime.memory import host_memory
+from ptq.runtime.memory import out_of_memory_says
 
 from .tiny import TEXT, save_tiny
 
@@ -27,7 +28,7 @@ def capped(more: int) -> Iterator[None]:
 
 
 WIDE = {"hidden_size": 1024, "intermediate_size": 64}
-CALIBRATION = "--calibration TEXT --sequences 256 --length 256"
+CALIBRATION = "--calibration TEXT --sequences 1024 --length 256"
 REMEDIES = {
     "quantize": (WIDE, CALIBRATION, "give --batch 1, fewer --sequences or a shorter --length; finished .* --resume"),
     "compare": (
@@ -48,9 +49,9 @@ def test_a_host_without_memory_ends_in_one_line(tmp_path, capsys, command):
     """Hidden states, or the logits of a window, take more than is left."""
     sizes, options, remedy = REMEDIES[command]
     save_tiny(tmp_path / "model", **sizes)
-    (tmp_path / "text").write_text(f"{TEXT} " * 23)
+    (tmp_path / "text").write_text(f"{TEXT} " * 92)
     given = options.replace("TEXT", str(tmp_path / "text")).split()
-    with capped(2 * 10**8):
+    with capped(5 * 10**8):  # libraries and the tokenizer's threads, which abort without memory, take of it too
         assert main([command, str(tmp_path / "model"), *given, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     begin = r"error: the host has no memory left for a tensor of \d\.\d\d GB; take a machine with more, or "
@@ -58,10 +59,23 @@ def test_a_host_without_memory_ends_in_one_line(tmp_path, capsys, command):
 
 
 def test_errors_that_are_not_of_memory_pass():
-    with pytest.raises(RuntimeError, match="another"), host_memory("give less"):
+    with pytest.raises(RuntimeError, match="another"), out_of_memory_says("give less"):
         raise RuntimeError("another")
     with (
         pytest.raises(MemoryError, match="has no memory left; take a machine with more, or give less"),
-        host_memory("give less"),
+        out_of_memory_says("give less"),
     ):
         bytearray(2**62)
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore", r"the GPU has no memory left \(CUDA .*\); .* or give less"),
+        ("out of memory in phase 'solve' of q_proj; set this", r"out of memory in phase 'solve' of q_proj; set this"),
+    ],
+)
+def test_a_gpu_without_memory_says_what_to_set_once(reason, said):
+    with pytest.raises(torch.OutOfMemoryError) as caught, out_of_memory_says("give less"):
+        raise torch.OutOfMemoryError(reason)
+    assert re.fullmatch(said, str(caught.value))
