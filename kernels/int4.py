@@ -257,16 +257,15 @@ def launch_block(
     All float32 but loss; rows may be strided, alike between matrices, columns must be adjacent.  `factors`: as `block_factors`
     gives, (e, 1, …) of this block.
     """
-    assert format.elements is INT4 and format.grid is BF16 and all(t.stride(-1) == 1 for t in (x, q, E))
-    assert all(t.stride(0) == t.shape[1] * t.stride(1) for t in (x, q, scales, E))
+    assert format.elements is INT4 and format.grid is BF16
     R_round, tiles_round, d_round, R, tiles, d, c = factors
     matrices, rows, k = x.shape
-    choose_kernel[(triton.cdiv(rows, ROWS), matrices)](
+    choose_kernel[(-(-rows // ROWS), matrices)](
         x, R, tiles, d, c, scales, rows, x.stride(1), scales.stride(1), *(t.stride(0) for t in (R, tiles, d)),
         K=k, ROWS=ROWS, CANDIDATES=CANDIDATES, BELOW=BELOW, STRIDE=format.grid.stride,
         RULE="quadratic" if rule in ("local", "schur") else rule, num_warps=1,
     )  # fmt: skip
-    round_kernel[(triton.cdiv(rows, ROWS_TO_ROUND), matrices)](
+    round_kernel[(-(-rows // ROWS_TO_ROUND), matrices)](
         x, R_round, tiles_round, d_round, scales, q, E, loss, rows, *(t.stride(1) for t in (x, scales, q, E)),
         *(t.stride(0) for t in (R_round, tiles_round, d_round)), K=k, ROWS=ROWS_TO_ROUND, num_warps=1, num_stages=1,
     )  # fmt: skip

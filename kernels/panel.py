@@ -279,15 +279,13 @@ def launch_panel(
     """One panel: x (e, r, p) is updated in place, q (e, r, p), scales (e, r, p/block) and E (e, r, p) written, loss (e, r)
     float64 added to.
 
-    All float32 but loss; rows may be strided, alike between matrices, columns of all but U must be adjacent.  U (e, p, p): the
+    All float32 but loss; rows may be strided, alike between matrices, columns must be adjacent.  U (e, p, p): the
     panel's own.  U_blocks (e, p/block, block, block) and factors (e, p/block, …): of its blocks.
     """
-    assert all(t.stride(-1) == 1 and t.stride(0) == t.shape[1] * t.stride(1) for t in (x, q, scales, E))
-    U = U.contiguous()
     kernel_rule = "quadratic" if rule in ("local", "schur") else rule
     G, c = factors
     matrices, rows, width = x.shape
-    panel_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM), matrices)](
+    panel_kernel[(-(-rows // ROWS_PER_PROGRAM), matrices)](
         x, U, U_blocks, G, c, q, scales, E, loss, rows, width,
         *(t.stride(1) for t in (x, U, q, scales, E)), *(t.stride(0) for t in (U, U_blocks, G, c)),
         K=format.block, ROWS=ROWS_PER_PROGRAM, CHUNK=CANDIDATES, WIDTH=COLUMNS_AT_ONCE, E4M3=format.grid is E4M3,

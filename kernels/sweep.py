@@ -1,7 +1,5 @@
 """GPTQ's loop over panels on the GPU, around the kernels of ptq.kernels.panel (E2M1) and ptq.kernels.int4."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -28,34 +26,37 @@ def sweep(
         raise ValueError(f"the GPTQ kernels are for float32, not {x.dtype}")
     (*batch, rows, n), k = x.shape, format.block
     panel = panel if format.elements is E2M1 else k
-    run = launcher(A, U, format, rule)
+    outer = max(panel, outer // panel * panel)
     x = x.clone(memory_format=torch.contiguous_format)
     q, scales = torch.empty_like(x), x.new_empty(*batch, rows, n // k)
     loss = torch.zeros(*batch, rows, dtype=torch.float64, device=x.device)
-    outer = max(panel, outer // panel * panel)
+
+    def matrices(*parts: Tensor) -> tuple[Tensor, ...]:
+        return parts if batch else tuple(part[None] for part in parts)
+
+    A, own_U, own_x, own_q, own_scales, own_loss = matrices(A, U, x, q, scales, loss)
+    factors = [part.split(panel // k, 1) for part in block_parts(A, own_U, format, rule)]
+    # Views of all panels at once: made one by one, they take the host as long as the panels take the GPU.
+    views = (own_x.split(panel, -1), own_q.split(panel, -1), own_scales.split(panel // k, -1))
+    panels = zip(*views, diagonal_panels(own_U, panel), U.split(panel, -2), *factors, strict=True)
     for group in range(0, n, outer):
-        end = min(group + outer, n)
+        stop, end = group, min(group + outer, n)
         E = x.new_empty(*batch, rows, end - group)
-        for start in range(group, end, panel):
-            stop = min(start + panel, end)
-            columns, blocks, own = slice(start, stop), slice(start // k, stop // k), slice(start - group, stop - group)
-            run(columns, blocks, x[..., columns], q[..., columns], scales[..., blocks], E[..., own], loss)
-            add_product(x[..., stop:end], E[..., own], U[..., columns, stop:end], alpha=-1)
+        for E_panel, own_E in zip(E.split(panel, -1), matrices(E)[0].split(panel, -1), strict=True):
+            x_panel, q_panel, scales_panel, U_panel, U_right, *parts = next(panels)
+            launch(x_panel, U_panel, parts, q_panel, scales_panel, own_E, own_loss, format, rule)
+            stop += E_panel.shape[-1]
+            if left := end - stop:
+                add_product(x.narrow(-1, stop, left), E_panel, U_right.narrow(-1, stop, left), alpha=-1)
         subtract_product(x[..., end:], E, U[..., group:end, end:])
     return q, scales, loss
 
 
-def launcher(A: Tensor, U: Tensor, format: Format, rule: str) -> Callable[..., None]:
-    """run(columns, blocks, x, q, scales, E, loss) for one panel, given by its slices of columns and of blocks."""
-    alone = U.dim() == 2
-    A, U = (A[None], U[None]) if alone else (A, U)
-    factors = block_parts(A, U, format, rule)
-
-    def run(columns: slice, blocks: slice, *parts: Tensor) -> None:
-        x, q, scales, E, loss = (part[None] for part in parts) if alone else parts
-        launch(x, U[:, columns, columns], [part[:, blocks] for part in factors], q, scales, E, loss, format, rule)
-
-    return run
+def diagonal_panels(U: Tensor, panel: int) -> list[Tensor]:
+    """The diagonal blocks (e, panel, panel) of U (e, n, n), contiguous; the last is smaller where n is no multiple of `panel`."""
+    whole = U.shape[-1] // panel * panel
+    found = list(block_diagonal(U[:, :whole, :whole], panel).transpose(0, 1).contiguous()) if whole else []
+    return found + ([U[:, whole:, whole:].contiguous()] if whole < U.shape[-1] else [])
 
 
 def block_parts(A: Tensor, U: Tensor, format: Format, rule: str) -> list[Tensor]:
