@@ -1,6 +1,7 @@
 """The safetensors files of a checkpoint: what is in them, without reading it, and reading tensors by name."""
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,11 +70,15 @@ class Shards:
             by_file.setdefault(self.tensors[name].path, []).append(name)
         found: dict[str, Tensor] = {}
         for path, wanted in by_file.items():
-            if stamp(path) != self._stamps[path]:
+            try:
+                with path.open("rb") as file:
+                    for name in wanted:
+                        found[name] = read_tensor(file, name, self.tensors[name], pin=pin)
+                    as_opened = stamp(file.fileno()) == self._stamps[path]
+            except FileNotFoundError:
+                as_opened = False
+            if not as_opened:
                 raise ValueError(f"{path} {CHANGED}")
-            with path.open("rb") as file:
-                for name in wanted:
-                    found[name] = read_tensor(file, name, self.tensors[name], pin=pin)
         return found
 
 
@@ -91,11 +96,12 @@ def read_tensor(file: BinaryIO, name: str, stored: Stored, *, pin: bool) -> Tens
     return data.view(DTYPES[stored.dtype]).view(stored.shape)
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    """Changes with every write to the file; (0, 0) where there is none."""
-    if not path.is_file():
+def stamp(file: Path | int) -> tuple[int, int]:
+    """Changes with every write to the file, or what is open under that number; (0, 0) where there is none."""
+    try:
+        found = os.stat(file)
+    except FileNotFoundError:
         return 0, 0
-    found = path.stat()
     return found.st_size, found.st_mtime_ns
 
 

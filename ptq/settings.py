@@ -34,6 +34,10 @@ DRIFTS: dict[str, dict] = {
 IMPORTANCES = ("none", "text", "sampled")
 PLACES = {"auto": None, "device": False, "host": True}
 DTYPES = ("auto", "bfloat16", "float32")
+# Calibration sequences unless told otherwise: of the builtin text, which has few, and of another by effort (docs/accuracy.md has
+# what more of them bring).
+BUILTIN_SEQUENCES = 64
+SEQUENCES = {"fast": 128, "default": 128, "best": 256}
 # Drawn beside the calibration sequences unless told otherwise, to measure every linear on.
 VALIDATION_SEQUENCES = 4
 
@@ -127,7 +131,7 @@ class Settings:
         chosen = settings_of_effort(self.effort, self.activations) if self.method == "gptq" else RTN
         filled: dict[str, Any] = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         if self.sequences is None:
-            filled["sequences"] = 64 if self.calibration == "builtin" else 128
+            filled["sequences"] = BUILTIN_SEQUENCES if self.calibration == "builtin" else SEQUENCES[self.effort]
         return replace(self, **filled)
 
 
@@ -164,7 +168,7 @@ class Comparison:
     block: int | None = None
     damp: float = 0.01
     calibration: str = "builtin"
-    sequences: int = 64
+    sequences: int = BUILTIN_SEQUENCES
     length: int = 1024
     seed: int = 0
     windows: int | None = None

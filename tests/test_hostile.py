@@ -21,6 +21,7 @@ from ptq.data import text
 from ptq.data.text import read_documents
 from ptq.eval.report import markdown, page
 from ptq.export.files import check_output
+from ptq.models import shards
 from ptq.models.gguf_header import check_gguf
 from ptq.models.loading import load_model, open_model
 from ptq.models.shards import Shards
@@ -264,6 +265,29 @@ def test_a_file_that_changes_during_the_run_ends_it(model, change):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.safetensors was changed or removed while it was read"):
         list(layers)
+
+
+@pytest.mark.parametrize("change", ["overwritten", "gone"])
+def test_a_file_that_changes_while_its_tensors_are_read_is_named(model, change, monkeypatch):
+    """After the first of them, or just before the file is opened: tensors of two models would be mixed."""
+    path, read, open_file = model / "model.safetensors", shards.read_tensor, Path.open
+    files, content = Shards(model), path.read_bytes()
+
+    def read_and_write(*arguments, **options):
+        tensor = read(*arguments, **options)
+        path.write_bytes(content)
+        return tensor
+
+    def remove_and_open(self, *arguments):
+        path.unlink()
+        return open_file(self, *arguments)
+
+    if change == "overwritten":
+        monkeypatch.setattr(shards, "read_tensor", read_and_write)
+    else:
+        monkeypatch.setattr(Path, "open", remove_and_open)
+    with pytest.raises(ValueError, match=r"model\.safetensors was changed or removed while it was read"):
+        files.read(list(files.tensors)[:2])
 
 
 @pytest.mark.parametrize("size, fine", [(1e14, True), (-3e38, False)])

@@ -223,7 +223,7 @@ class SmallDevice(ModelAdapter):
         return super().forward(layer, hidden)
 
 
-def test_out_of_memory_halves_the_batch_once_and_says_so():
+def test_out_of_memory_halves_the_batch_and_says_so():
     batches = tokens(6).split(4)
     expected = [q.codes for _, q in quantize_model(ModelAdapter(tiny_model()), CONFIGS[0], Calibration(tokens(6).split(2)))]
     with pytest.warns(UserWarning, match="out of memory in phase 'forward': going on with 2 sequences at once"):
@@ -253,11 +253,19 @@ def test_a_batch_is_as_large_as_the_largest_group():
     assert hidden.at_once(hidden.groups) == 2 and hidden.at_once(hidden.groups, divisor=16) == 1
 
 
-def test_out_of_memory_after_that_names_the_phase_and_what_to_set():
+def test_out_of_memory_halves_until_it_fits():
     adapter = SmallDevice(tiny_model())
     adapter.most = 1
-    with (
-        pytest.raises(torch.OutOfMemoryError, match=r"phase 'forward' with 2 sequences at once; set --batch 1"),
-        pytest.warns(),
-    ):
+    expected = [q.codes for _, q in quantize_model(ModelAdapter(tiny_model()), CONFIGS[0], Calibration(tokens(6).split(1)))]
+    with pytest.warns(UserWarning) as said:
+        done = [q.codes for _, q in quantize_model(adapter, CONFIGS[0], Calibration(tokens(6).split(4)))]
+    assert all(torch.equal(a, b) for a, b in zip(done, expected, strict=True))
+    assert [str(one.message).rpartition("with ")[2] for one in said] == ["2 sequences at once", "1 sequences at once"]
+
+
+def test_out_of_memory_with_one_sequence_names_the_phase_and_what_to_do():
+    adapter = SmallDevice(tiny_model())
+    adapter.most = 0
+    said = r"phase 'forward' with one sequence at a time; give fewer or shorter sequences \(CUDA.*1\.00 GiB\)$"
+    with pytest.raises(torch.OutOfMemoryError, match=said), pytest.warns():
         list(quantize_model(adapter, CONFIGS[0], Calibration(tokens(6).split(4))))

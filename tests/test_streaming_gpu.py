@@ -40,14 +40,14 @@ def test_no_loop_over_batches_waits_for_the_device():
         original = Original(layer, hidden.copy(on_host))
         adapter.logits(hidden.load(slice(0, 1)))  # reads the head
         propagate(adapter, layer, hidden, "forward")  # first calls may set libraries up
-        descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, None, 0, 0)
+        descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, None, None, 0, 0)
         torch.cuda.set_sync_debug_mode("error")
         try:
             for beside in (None, original):
                 stream = Stream(hidden, Ranks(), 16, weights, beside)
                 collect_part(Passes(adapter, layer, plan, stream), plan.groups, hidden.groups)
             propagate(adapter, layer, hidden, "forward")
-            descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, None, 0, 0)
+            descend(adapter, part, hidden.copy(on_host), hidden, tokens, {}, None, None, 0, 0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -112,13 +112,12 @@ class Activations:
         return max(1, min(self.batch // divisor, max(group.stop - group.start for group in groups)))
 
     def halve(self, phase: str, error: torch.OutOfMemoryError, at_once: int, divisor: int) -> None:
-        """Half of the sequences that ran `at_once`, once, saying so.  Raises OutOfMemoryError with what to set where that was
-        tried or cannot be."""
-        if self.halved or at_once == 1:
-            place = "" if self.on_host or self.device.type != "cuda" else ", --hidden-states host"
+        """Half of the sequences that ran `at_once`, saying so.  Raises OutOfMemoryError with what to set where it was one."""
+        if at_once == 1:
+            place = "" if self.on_host or self.device.type != "cuda" else "set --hidden-states host, or "
             raise torch.OutOfMemoryError(
-                f"out of memory in phase {phase!r} with {at_once} sequences at once; set --batch {max(1, at_once * divisor // 2)}"
-                f"{place}, or give fewer or shorter sequences ({str(error).splitlines()[0]})"
+                f"out of memory in phase {phase!r} with one sequence at a time; {place}give fewer or shorter sequences "
+                f"({str(error).splitlines()[0]})"
             ) from error
         self.batch, self.halved = at_once // 2 * divisor, True
         self._ahead.clear()
@@ -160,7 +159,7 @@ def each_batch(
 ) -> None:
     """work(rows) for the batches of `groups` (all without), in order, each of a `divisor`-th of the usual size at most.
 
-    Out of memory halves the batch once and goes on with the batch that failed, or, with `restart`, calls it and begins again.
+    Out of memory halves the batch and goes on with the batch that failed, or, with `restart`, calls it and begins again.
     """
     groups = hidden.groups if groups is None else groups
     first = start = groups[0].start

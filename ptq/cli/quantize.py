@@ -18,6 +18,7 @@ from pathlib import Path
 from ptq.cli.arguments import answered, as_record, quiet_transformers
 from ptq.settings import (
     ACTIVATION_NAMES,
+    BUILTIN_SEQUENCES,
     DRIFTS,
     DTYPES,
     EFFORTS,
@@ -26,6 +27,7 @@ from ptq.settings import (
     METHOD_NAMES,
     PLACES,
     RULE_NAMES,
+    SEQUENCES,
     Settings,
 )
 
@@ -79,7 +81,10 @@ def add_method(group: argparse._ArgumentGroup) -> None:
 def add_calibration(group: argparse._ArgumentGroup) -> None:
     about = ".txt, .jsonl[.gz] (text or messages), dataset id or builtin (default)"
     group.add_argument("--calibration", metavar="TEXT", help=about)
-    group.add_argument("--sequences", type=int, metavar="N", help="calibration sequences (default: 128; of builtin, 64)")
+    about = (
+        f"calibration sequences (default: {SEQUENCES['default']}, at best {SEQUENCES['best']}; of builtin, {BUILTIN_SEQUENCES})"
+    )
+    group.add_argument("--sequences", type=int, metavar="N", help=about)
     group.add_argument("--length", type=int, metavar="N", help="tokens a sequence or window (default: %(default)s)")
     about = "more sequences, to measure every linear on (default: %(default)s)"
     group.add_argument("--validation", type=int, metavar="N", help=about)
