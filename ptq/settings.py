@@ -115,6 +115,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} {value}: too few, give {least} or more")
+        if self.deterministic and self.batch not in (None, 1):
+            raise ValueError(
+                f"batch {self.batch}: --deterministic runs one sequence at a time, so that no bytes depend on it; leave one of the "
+                "two out"
+            )
         if self.recipe and (self.format, self.activations, self.block) != ("nvfp4", "none", None):
             raise ValueError("recipe says formats and activations by linear; leave out format, block and activations")
         if self.recipe and self.target_bits is not None:
@@ -132,6 +137,8 @@ class Settings:
         filled: dict[str, Any] = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         if self.sequences is None:
             filled["sequences"] = BUILTIN_SEQUENCES if self.calibration == "builtin" else SEQUENCES[self.effort]
+        if self.deterministic:
+            filled["batch"] = 1
         return replace(self, **filled)
 
 

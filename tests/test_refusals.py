@@ -108,6 +108,7 @@ def no_ridge() -> None:
         (lambda: recipe_text([("a", Recipe(frozen=True))]), "a recipe file has no word for frozen scales"),
         (lambda: parse_recipe("a: [", "r.yaml"), "recipe r.yaml is no YAML: "),
         (lambda: Settings(sequences=0), "sequences 0: too few, give 1 or more"),
+        (lambda: Settings(batch=4, deterministic=True), "batch 4: --deterministic runs one sequence at a time"),
         (lambda: Settings(recipe="r", format="int4"), "recipe says formats and activations by linear; leave out format"),
     ],
 )

@@ -96,7 +96,7 @@ def add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--resume", action="store_true", help="go on with an unfinished run into --output, if there is one")
     group.add_argument("--batch", type=int, metavar="N", help="sequences that run at once (default: by the model's width)")
     group.add_argument("--hidden-states", choices=PLACES, help="where hidden states are (default: by their size)")
-    about = "the same bits on 1, 2, 4 or 8 ranks (torchrun), at some cost"
+    about = "the same bits on 1, 2, 4 or 8 ranks (torchrun): one sequence at a time, all of a matrix on one rank"
     group.add_argument("--deterministic", action="store_true", help=about)
     group.add_argument("--dtype", choices=DTYPES, help="to run in (default: as stored)")
 
