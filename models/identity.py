@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptq.models.shards import check_weights, read_header
+from ptq.models.shards import CHANGED, check_weights, read_header, stamp
 
 WHOLE = 2 * 10**9  # bytes up to which a file is read whole
 PIECES, PIECE = 17, 4096  # of every tensor of a larger one; an odd number has a middle
@@ -18,15 +18,30 @@ THREADS = 4
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """`files`: all that the weights and the config are read from.  `commit`: of the hub, where they came from there."""
+    """`files`: all that the weights and the config are read from.  `commit`: of the hub, where they came from there.  `stamps`:
+    of the files before anything was read."""
 
     files: tuple[Path, ...]
     commit: str | None = None
+    stamps: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def now(cls, files: Iterable[Path], commit: str | None = None) -> "ModelFiles":
+        """As they are now."""
+        files = tuple(files)
+        return cls(files, commit, tuple(map(stamp, files)))
+
+    def check(self) -> None:
+        """Raises ValueError that names a file which is another than before anything was read."""
+        for path, before in zip(self.files, self.stamps, strict=True):
+            if stamp(path) != before:
+                raise ValueError(f"{path} {CHANGED}")
 
     def identity(self, *, whole: int = WHOLE) -> dict[str, object]:
         """By file name, [bytes, digest]; and the commit, if there is one.  The files are read (`digest`).
 
-        Raises ValueError for a weight that is not finite, wherever it is: else it would be met when its layer's turn comes.
+        Raises ValueError for a weight that is not finite, wherever it is: else it would be met when its layer's turn comes.  And
+        as `check`: what was read before, of a model that is loaded whole, would be another's.
         """
         with ThreadPoolExecutor(THREADS) as pool:
             for _ in pool.map(check_weights, (path for path in self.files if path.suffix == ".safetensors")):
@@ -35,6 +50,7 @@ class ModelFiles:
             found: dict[str, object] = {
                 path.name: [path.stat().st_size, text] for path, text in zip(self.files, digests, strict=True)
             }
+        self.check()
         return found | ({"commit": self.commit} if self.commit else {})
 
 

@@ -104,9 +104,11 @@ def open_model(
     folder, commit = (Path(where), None) if extra else fetch(where)
     where = str(folder)
     if extra or not shard_paths(folder):
+        own = [folder / extra["gguf_file"]] if extra else [*sorted(folder.glob("*.bin")), folder / "config.json"]
+        files = ModelFiles.now(own, commit)
         model, tokenizer = load_model(source, dtype=dtype, device=device)
-        files = [folder / extra["gguf_file"]] if extra else [*sorted(folder.glob("*.bin")), folder / "config.json"]
-        return ModelAdapter(model.requires_grad_(False)), tokenizer, ModelFiles(tuple(files), commit)
+        return ModelAdapter(model.requires_grad_(False)), tokenizer, files
+    files = ModelFiles.now((*shard_paths(folder), folder / "config.json"), commit)
     config = load_config(source, where, extra)
     tokenizer = load_tokenizer(source, where, extra)
     shards, experts = Shards(folder), family_of(config, source).experts
@@ -120,7 +122,7 @@ def open_model(
     if (folder / "generation_config.json").is_file():
         with one_line(f"{folder / 'generation_config.json'} cannot be read"):
             adapter.model.generation_config = GenerationConfig.from_pretrained(where)
-    return adapter, tokenizer, ModelFiles((*shard_paths(folder), folder / "config.json"), commit)
+    return adapter, tokenizer, files
 
 
 def check_names(adapter: StreamingAdapter, shards: Shards | UnstackedShards) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ptq.models import identity, loading, location
 from ptq.models.identity import RAW_PIECE, RAW_PIECES, ModelFiles, digest, pieces, spans
+from ptq.pipeline.source import open_source
 from ptq.run.fingerprint import code_version, fingerprint
 
 from .test_script import main  # noqa: F401  # a fixture
@@ -24,7 +25,7 @@ def test_one_weight_of_one_layer_makes_another_model(tmp_path, whole):
     tensors = load_file(path)
     tensors["model.layers.1.mlp.down_proj.weight"][-1, 3] += 1
     save_file(tensors, path, metadata={"format": "pt"})
-    after = files.identity(whole=whole)
+    after = ModelFiles.now(files.files).identity(whole=whole)
     assert after["model.safetensors"] != before["model.safetensors"] and after["config.json"] == before["config.json"]
 
 
@@ -69,7 +70,28 @@ def test_a_model_of_the_hub_is_known_by_its_commit_too(tmp_path, monkeypatch):
     save_tiny(folder)
     monkeypatch.setattr(location, "snapshot_download", lambda _source, **_how: str(folder))
     files = loading.open_model("some/model")[2]
-    assert files.identity() == ModelFiles(files.files).identity() | {"commit": "c0ffee"}
+    assert files.identity() == ModelFiles.now(files.files).identity() | {"commit": "c0ffee"}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_model_is_one_from_its_first_byte_to_its_score(tmp_path, kind):
+    """Of .bin files and GGUF all is loaded, then hashed: of another model, if the file is another by then."""
+    save_tiny(tmp_path)
+    path = tmp_path / "model.safetensors"
+    if kind == "bin":
+        torch.save(load_file(path), tmp_path / "pytorch_model.bin")
+        path.unlink()
+        path = tmp_path / "pytorch_model.bin"
+    source = open_source(tmp_path)
+    assert source.identity() == source.identity() and source.load()
+    path.write_bytes(path.read_bytes())
+    for use in (source.identity, source.load):
+        with pytest.raises(ValueError, match=rf"{path.name} was changed or removed while it was read; nothing may write"):
+            use()
+    files = ModelFiles.now([path])
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{path.name} was changed or removed"):
+        files.check()
 
 
 def test_a_plan_reads_no_weights(main, tmp_path, monkeypatch):  # noqa: F811

@@ -49,7 +49,13 @@ def open_source(
             "a tokenizer is given beside a path; the checkpoint's own is used: leave it out, or load the model too"
         )
     adapter, own, files = open_model(str(model), dtype=dtype, device=device)
-    return Source(str(model), adapter, own, files.identity, lambda: load_model(str(model), dtype=dtype, device=device)[0])
+
+    def load() -> PreTrainedModel:
+        again, _ = load_model(str(model), dtype=dtype, device=device)
+        files.check()  # a checkpoint is never scored against another model
+        return again
+
+    return Source(str(model), adapter, own, files.identity, load)
 
 
 def in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype, device: str) -> Source:
