@@ -18,18 +18,18 @@ THREADS = 4
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """`files`: all that the weights and the config are read from.  `commit`: of the hub, where they came from there.  `stamps`:
-    of the files before anything was read."""
+    """`files`: all that the weights and the config are read from.  `stamps`: of the files before anything was read.  `commit`: of
+    the hub, where they came from there."""
 
     files: tuple[Path, ...]
+    stamps: tuple[tuple[int, int], ...]
     commit: str | None = None
-    stamps: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def now(cls, files: Iterable[Path], commit: str | None = None) -> "ModelFiles":
         """As they are now."""
         files = tuple(files)
-        return cls(files, commit, tuple(map(stamp, files)))
+        return cls(files, tuple(map(stamp, files)), commit)
 
     def check(self) -> None:
         """Raises ValueError that names a file which is another than before anything was read."""
