@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from ptq.export.index import header
 from ptq.models.configuration import one_line
 from ptq.models.families import FAMILIES
-from ptq.models.loading import check_fit, weight_arguments
+from ptq.models.loading import check_fit, own_attention, weight_arguments
 from ptq.models.location import locate
 
 
@@ -44,8 +44,8 @@ def load_any(source: str, *, dtype: torch.dtype | None = None, device: str = "cp
         check_experts(source, config)
         attention = FAMILIES[config.model_type].attention if config.model_type in FAMILIES else "sdpa"
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
-            where, trust_remote_code=False, attn_implementation=attention, output_loading_info=True,
-            **arguments(config, dtype, extra),
+            where, config=own_attention(config, attention), trust_remote_code=False, attn_implementation=attention,
+            output_loading_info=True, **arguments(config, dtype, extra),
         )  # fmt: skip
         model = model.to(device).eval()
         seconds = time.perf_counter() - begin
@@ -73,7 +73,7 @@ def check_experts(source: str, config: Any) -> None:
 def arguments(config: Any, dtype: torch.dtype | None, extra: dict[str, str]) -> dict[str, Any]:
     """What from_pretrained is told besides the place."""
     if "gguf_file" in extra:
-        return weight_arguments(extra) | {"dtype": dtype or torch.float32, "config": config}  # reading it takes 6 s of CPU time
+        return weight_arguments(extra) | {"dtype": dtype or torch.float32}
     quantized = getattr(config, "quantization_config", None)
     return {"dtype": "auto" if quantized or dtype is None else dtype}
 

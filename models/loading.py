@@ -76,20 +76,19 @@ def load_model(
     where, extra = locate(source)
     config = load_config(source, where, extra)
     tokenizer = load_tokenizer(source, where, extra)
-    weights = weight_arguments(extra)
-    if extra:
-        weights["config"] = config  # a GGUF file's header takes seconds to read
+    attention = family_of(config, source).attention
     dtype = dtype or (torch.float32 if "gguf_file" in extra else "auto")  # type: ignore[assignment]
     pickled = Path(where).is_dir() and not extra and not shard_paths(Path(where))
     no_pickles = " (of .bin files only tensors are unpickled; take the model's safetensors files)" if pickled else ""
     with one_line(f"{source} cannot be loaded{no_pickles}"):
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
             where,
+            config=own_attention(config, attention),
             dtype=dtype,
-            attn_implementation=family_of(config, source).attention,
+            attn_implementation=attention,
             output_loading_info=True,
             trust_remote_code=False,
-            **weights,
+            **weight_arguments(extra),
         )
     check_tensors(source, info["missing_keys"], info["unexpected_keys"])
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
@@ -160,6 +159,16 @@ def load_config(source: str, where: str, extra: dict[str, str]) -> PretrainedCon
         raise ValueError(
             f"{source} is quantized already ({method}); give the original, or where that is it, dequantize it first"
         )
+    return config
+
+
+def own_attention(config: PretrainedConfig, attention: str) -> PretrainedConfig:
+    """The same config, whose attention is that one whatever its file says.
+
+    A model that is loaded by its place alone takes what config.json has as `_attn_implementation`, also where another one is
+    asked for; and where that is the name of a repository of kernels, transformers downloads and runs it.
+    """
+    config._attn_implementation = attention
     return config
 
 

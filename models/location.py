@@ -18,6 +18,7 @@ def locate(source: str) -> tuple[str, dict[str, str]]:
         if not path.is_file():
             raise ValueError(f"{source}: no such GGUF file")
         check_gguf(path)
+        check_adapter(path.parent)
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -42,6 +43,18 @@ def fetch(where: str) -> tuple[Path, str | None]:
 
 
 def check_files(folder: Path) -> None:
-    """Raises ValueError that names a file that is missing, damaged or elsewhere, as Shards, check_links and check_config do."""
+    """Raises ValueError that names a file that is missing, damaged, elsewhere or an adapter's, as Shards, check_links, check_config
+    and check_adapter do."""
     check_links(folder, (*FILES, "*.bin"))
+    check_adapter(folder)
     check_config(folder, Shards(folder).tensors)
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises ValueError for the config of an adapter: transformers loads the model that it names, with the adapter's weights,
+    where a layer read by itself would be the folder's own."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds adapter_config.json, so that transformers would load another model and an adapter to it; merge the "
+            "adapter into the weights, or remove the file if that was done"
+        )

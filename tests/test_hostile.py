@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from ptq.data import text
 from ptq.data.text import read_documents
+from ptq.eval.checkpoint import load_any
 from ptq.eval.report import markdown, page
 from ptq.export.files import check_output
 from ptq.models import shards
+from ptq.models.families import family_of
 from ptq.models.gguf_header import check_gguf
 from ptq.models.loading import load_model, open_model
 from ptq.models.shards import Shards
@@ -214,6 +216,28 @@ def test_code_that_a_model_brings_is_never_run(model, tmp_path, model_type):
         with pytest.raises(ValueError, match=r"the code it brings \(auto_map\) is never run"):
             open_model(str(model))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("load", [load_model, load_any, open_model])
+@pytest.mark.parametrize("attention", ["evil/kernel", "flash_attention_2"])
+def test_a_config_does_not_choose_its_attention(model, load, attention):
+    """transformers takes it from the file, also where another one is asked for, and downloads what looks like a repository."""
+    configure(model, _attn_implementation=attention)
+    found = load(str(model))
+    loaded = found.model if load is load_any else found[0]
+    config = loaded.model.config if load is open_model else loaded.config
+    assert config._attn_implementation == family_of(config, str(model)).attention == "sdpa"
+
+
+@pytest.mark.parametrize("load", [load_model, load_any, open_model])
+def test_an_adapter_does_not_put_another_model_in_the_place_of_the_weights(model, load):
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "evil/base"}))
+    (model / "weights.gguf").write_bytes(gguf())
+    for source in (model, model / "weights.gguf"):
+        with pytest.raises(
+            ValueError, match=r"holds adapter_config\.json, so that .*; merge the adapter .*, or remove the file"
+        ):
+            load(str(source))
 
 
 def pickles(folder: Path, save) -> None:
