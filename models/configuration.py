@@ -45,9 +45,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_config(folder: Path, tensors: Mapping[str, Stored]) -> None:
-    """Raises ValueError that names a size in the folder's config.json that is none, or that its weight files belie."""
+    """Raises ValueError that names a size in the folder's config.json that is none, or that its weight files belie, and for a
+    config that names a file of weights: transformers would read that one, whatever else the folder holds."""
     path = folder / "config.json"
     config = read_config(path)
+    if config.get("transformers_weights"):
+        raise ValueError(
+            f"{path} has transformers_weights {str(config['transformers_weights'])[:99]!r}; remove it, and name that file "
+            "model.safetensors if it holds the model"
+        )
     stored = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
     if not stored:
         raise ValueError(f"{folder} cannot be loaded: it holds no weights (.safetensors, or .bin)")

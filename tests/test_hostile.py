@@ -230,6 +230,14 @@ def test_a_config_does_not_choose_its_attention(model, load, attention):
 
 
 @pytest.mark.parametrize("load", [load_model, load_any, open_model])
+def test_a_config_does_not_choose_its_weights(model, load):
+    """The layers would be of model.safetensors, and what they are scored against of the other file."""
+    configure(model, transformers_weights="other.safetensors")
+    with pytest.raises(ValueError, match=r"config\.json has transformers_weights 'other\.safetensors'; remove it, and name"):
+        load(str(model))
+
+
+@pytest.mark.parametrize("load", [load_model, load_any, open_model])
 def test_an_adapter_does_not_put_another_model_in_the_place_of_the_weights(model, load):
     (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "evil/base"}))
     (model / "weights.gguf").write_bytes(gguf())
