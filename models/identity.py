@@ -31,6 +31,11 @@ class ModelFiles:
         files = tuple(files)
         return cls(files, tuple(map(stamp, files)), commit)
 
+    @property
+    def place(self) -> str:
+        """What gives this very model again; the hub may have another by then."""
+        return str(self.files[0] if self.files[0].suffix == ".gguf" else self.files[0].parent)
+
     def check(self) -> None:
         """Raises ValueError that names a file which is another than before anything was read."""
         for path, before in zip(self.files, self.stamps, strict=True):

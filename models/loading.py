@@ -105,7 +105,7 @@ def open_model(
     if extra or not shard_paths(folder):
         own = [folder / extra["gguf_file"]] if extra else [*sorted(folder.glob("*.bin")), folder / "config.json"]
         files = ModelFiles.now(own, commit)
-        model, tokenizer = load_model(source, dtype=dtype, device=device)
+        model, tokenizer = load_model(files.place, dtype=dtype, device=device)
         return ModelAdapter(model.requires_grad_(False)), tokenizer, files
     files = ModelFiles.now((*shard_paths(folder), folder / "config.json"), commit)
     config = load_config(source, where, extra)

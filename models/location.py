@@ -36,6 +36,8 @@ def fetch(where: str) -> tuple[Path, str | None]:
         return Path(where), None
     try:
         folder = Path(snapshot_download(where, allow_patterns=list(FILES)))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(where, allow_patterns=[*FILES, "*.bin"]))
     except (OSError, ValueError) as error:
         raise ValueError(f"{where} cannot be loaded: {str(error).splitlines()[0]}") from None
     check_files(folder)

@@ -111,13 +111,19 @@ def layers_of(names: Iterable[str]) -> int:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would read.  Raises ValueError for an index that is damaged, or that names what is
-    not there or not in the folder."""
+    """The safetensors files that transformers would read; none where it would read .bin files.  Raises ValueError for an index that
+    is damaged, or that names what is not there or not in the folder, and for files that no index names."""
     index = folder / SAFETENSORS_INDEX_FILE
     if (folder / SAFETENSORS_SINGLE_FILE).is_file():
         return [folder / SAFETENSORS_SINGLE_FILE]
     if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
+        others = sorted(folder.glob("*.safetensors"))
+        if others and not any(folder.glob("*.bin")):
+            raise ValueError(
+                f"{folder} holds {others[0].name}, but no {SAFETENSORS_SINGLE_FILE} and no {SAFETENSORS_INDEX_FILE}, by which "
+                "transformers finds weights; rename the file if it is the only one, or give the index that belongs to it"
+            )
+        return []
     if index.stat().st_size > LARGEST_INDEX:
         raise ValueError(f"{index} has {index.stat().st_size} bytes, too many for an index")
     try:

@@ -91,8 +91,17 @@ def test_lying_safetensors_headers_are_refused_by_name(model, content):
 def test_a_tensor_in_two_files_is_refused(model):
     shutil.copy(model / "model.safetensors", model / "a.safetensors")
     (model / "model.safetensors").rename(model / "b.safetensors")
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}')
     with pytest.raises(ValueError, match=r"b\.safetensors holds .*, and so does a\.safetensors"):
         Shards(model)
+
+
+def test_weights_that_no_index_names_are_refused_before_any_work(model):
+    """transformers would not find them when the checkpoint is scored against the original."""
+    (model / "model.safetensors").rename(model / "weights.safetensors")
+    for load in (open_model, load_model, load_any):
+        with pytest.raises(ValueError, match=r"holds weights\.safetensors, but no model\.safetensors and no model\..*; rename"):
+            load(str(model))
 
 
 def index(folder: Path, name: object) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 
 import pytest
 import torch
@@ -70,7 +71,28 @@ def test_a_model_of_the_hub_is_known_by_its_commit_too(tmp_path, monkeypatch):
     save_tiny(folder)
     monkeypatch.setattr(location, "snapshot_download", lambda _source, **_how: str(folder))
     files = loading.open_model("some/model")[2]
+    assert files.place == str(folder)  # never again by its id, which may be another model by then
     assert files.identity() == ModelFiles.now(files.files).identity() | {"commit": "c0ffee"}
+
+
+@pytest.mark.parametrize("also", [True, False])
+def test_pickles_are_fetched_where_there_is_nothing_else(tmp_path, monkeypatch, also):
+    origin, folder = tmp_path / "origin", tmp_path / "c0ffee"
+    save_tiny(origin)
+    torch.save(load_file(origin / "model.safetensors"), origin / "pytorch_model.bin")
+    if not also:
+        (origin / "model.safetensors").unlink()
+
+    def download(_source: str, allow_patterns: list[str]) -> str:
+        folder.mkdir(exist_ok=True)
+        for path in {path for pattern in allow_patterns for path in origin.glob(pattern)}:
+            shutil.copy(path, folder)
+        return str(folder)
+
+    monkeypatch.setattr(location, "snapshot_download", download)
+    files = loading.open_model("some/model")[2]
+    assert files.identity().keys() == {"model.safetensors" if also else "pytorch_model.bin", "config.json", "commit"}
+    assert (folder / "pytorch_model.bin").exists() == (not also)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

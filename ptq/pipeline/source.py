@@ -51,7 +51,7 @@ def open_source(
     adapter, own, files = open_model(str(model), dtype=dtype, device=device)
 
     def load() -> PreTrainedModel:
-        again, _ = load_model(str(model), dtype=dtype, device=device)
+        again, _ = load_model(files.place, dtype=dtype, device=device)
         files.check()  # a checkpoint is never scored against another model
         return again
 
