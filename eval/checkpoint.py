@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from ptq.export.index import header
 from ptq.models.configuration import one_line
 from ptq.models.families import FAMILIES
 from ptq.models.loading import check_fit, own_attention, weight_arguments
-from ptq.models.location import locate
+from ptq.models.location import fetch, locate
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ def load_any(source: str, *, dtype: torch.dtype | None = None, device: str = "cp
     more words than the model has embeddings.
     """
     where, extra = locate(source)
+    where = where if extra else str(fetch(where)[0])
     with one_line(f"{source} cannot be loaded"):
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
@@ -79,11 +79,10 @@ def arguments(config: Any, dtype: torch.dtype | None, extra: dict[str, str]) -> 
 
 
 def weight_files(where: str, extra: Mapping[str, str]) -> list[Path]:
-    """The files that hold the weights; none where the place of a hub id in the cache is not known."""
+    """The files of that folder that hold the weights."""
     if "gguf_file" in extra:
         return [Path(where) / extra["gguf_file"]]
-    config = cached_file(where, "config.json", _raise_exceptions_for_missing_entries=False)
-    folder = Path(config).parent if config else Path(where)
+    folder = Path(where)
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 

@@ -74,6 +74,7 @@ def load_model(
     pickles (.bin) only tensors are read.
     """
     where, extra = locate(source)
+    where = where if extra else str(fetch(where)[0])
     config = load_config(source, where, extra)
     tokenizer = load_tokenizer(source, where, extra)
     attention = family_of(config, source).attention

@@ -22,7 +22,7 @@ from ptq.data.text import read_documents
 from ptq.eval.checkpoint import load_any
 from ptq.eval.report import markdown, page
 from ptq.export.files import check_output
-from ptq.models import shards
+from ptq.models import location, shards
 from ptq.models.families import family_of
 from ptq.models.gguf_header import check_gguf
 from ptq.models.loading import load_model, open_model
@@ -247,10 +247,11 @@ def test_a_config_does_not_choose_its_weights(model, load):
 
 
 @pytest.mark.parametrize("load", [load_model, load_any, open_model])
-def test_an_adapter_does_not_put_another_model_in_the_place_of_the_weights(model, load):
+def test_an_adapter_does_not_put_another_model_in_the_place_of_the_weights(model, load, monkeypatch):
+    monkeypatch.setattr(location, "snapshot_download", lambda _source, **_how: str(model))
     (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "evil/base"}))
     (model / "weights.gguf").write_bytes(gguf())
-    for source in (model, model / "weights.gguf"):
+    for source in (model, model / "weights.gguf", "some/model"):
         with pytest.raises(
             ValueError, match=r"holds adapter_config\.json, so that .*; merge the adapter .*, or remove the file"
         ):

@@ -240,10 +240,10 @@ def test_out_of_memory_halves_what_ran_not_a_batch_that_no_group_fills():
     adapter = SmallDevice(tiny_model())
     adapter.most = 1
     expected = [q.codes for _, q in quantize_model(ModelAdapter(tiny_model()), CONFIGS[0], Calibration(tokens(16).split(1)))]
-    with pytest.warns(UserWarning, match="out of memory in phase 'forward': going on with 1 sequences at once"):
+    with pytest.warns(UserWarning, match="out of memory in phase 'forward': going on with one sequence at a time"):
         done = [q.codes for _, q in quantize_model(adapter, CONFIGS[0], Calibration(tokens(16).split(16)))]
     assert all(torch.equal(a, b) for a, b in zip(done, expected, strict=True))
-    with pytest.warns(UserWarning, match="phase 'importance'.*with 1 sequences"):
+    with pytest.warns(UserWarning, match="phase 'importance'.*with one sequence at"):
         token_importance(adapter, tokens(16).split(16), segment=1, groups=Ranks().groups(16))
 
 
@@ -260,7 +260,7 @@ def test_out_of_memory_halves_until_it_fits():
     with pytest.warns(UserWarning) as said:
         done = [q.codes for _, q in quantize_model(adapter, CONFIGS[0], Calibration(tokens(6).split(4)))]
     assert all(torch.equal(a, b) for a, b in zip(done, expected, strict=True))
-    assert [str(one.message).rpartition("with ")[2] for one in said] == ["2 sequences at once", "1 sequences at once"]
+    assert [str(one.message).rpartition("with ")[2] for one in said] == ["2 sequences at once", "one sequence at a time"]
 
 
 def test_out_of_memory_with_one_sequence_names_the_phase_and_what_to_do():

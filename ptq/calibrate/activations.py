@@ -121,7 +121,8 @@ class Activations:
             ) from error
         self.batch, self.halved = at_once // 2 * divisor, True
         self._ahead.clear()
-        warnings.warn(f"out of memory in phase {phase!r}: going on with {at_once // 2} sequences at once", stacklevel=2)
+        left = f"{at_once // 2} sequences at once" if at_once > 3 else "one sequence at a time"
+        warnings.warn(f"out of memory in phase {phase!r}: going on with {left}", stacklevel=2)
 
 
 def embed_all(
