@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ptq.export.index import header
 from ptq.models.configuration import one_line
 from ptq.models.families import FAMILIES
-from ptq.models.loading import check_fit, own_attention, weight_arguments
+from ptq.models.loading import check_fit, weight_arguments
 from ptq.models.location import fetch, locate
 
 
@@ -36,7 +36,7 @@ def load_any(source: str, *, dtype: torch.dtype | None = None, device: str = "cp
     more words than the model has embeddings.
     """
     where, extra = locate(source)
-    where = where if extra else str(fetch(where)[0])
+    where = str(fetch(where)[0])
     with one_line(f"{source} cannot be loaded"):
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **extra)
@@ -44,8 +44,8 @@ def load_any(source: str, *, dtype: torch.dtype | None = None, device: str = "cp
         check_experts(source, config)
         attention = FAMILIES[config.model_type].attention if config.model_type in FAMILIES else "sdpa"
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
-            where, config=own_attention(config, attention), trust_remote_code=False, attn_implementation=attention,
-            output_loading_info=True, **arguments(config, dtype, extra),
+            where, config=config, trust_remote_code=False, attn_implementation=attention, output_loading_info=True,
+            **arguments(config, dtype, extra),
         )  # fmt: skip
         model = model.to(device).eval()
         seconds = time.perf_counter() - begin

@@ -257,7 +257,8 @@ def launch_block(
     All float32 but loss; rows may be strided, alike between matrices, columns must be adjacent.  `factors`: as `block_factors`
     gives, (e, 1, …) of this block.
     """
-    assert format.elements is INT4 and format.grid is BF16
+    assert format.elements is INT4 and format.grid is BF16 and x.stride(-1) == q.stride(-1) == E.stride(-1) == 1
+    assert all(t.stride(0) == t.shape[1] * t.stride(1) for t in (x, q, scales, E))
     R_round, tiles_round, d_round, R, tiles, d, c = factors
     matrices, rows, k = x.shape
     choose_kernel[(-(-rows // ROWS), matrices)](

@@ -282,6 +282,8 @@ def launch_panel(
     All float32 but loss; rows may be strided, alike between matrices, columns must be adjacent.  U (e, p, p): the
     panel's own.  U_blocks (e, p/block, block, block) and factors (e, p/block, …): of its blocks.
     """
+    assert x.stride(-1) == U.stride(-1) == q.stride(-1) == scales.stride(-1) == E.stride(-1) == 1
+    assert all(t.stride(0) == t.shape[1] * t.stride(1) for t in (x, q, scales, E))
     kernel_rule = "quadratic" if rule in ("local", "schur") else rule
     G, c = factors
     matrices, rows, width = x.shape

@@ -74,19 +74,18 @@ def load_model(
     pickles (.bin) only tensors are read.
     """
     where, extra = locate(source)
-    where = where if extra else str(fetch(where)[0])
+    where = str(fetch(where)[0])
     config = load_config(source, where, extra)
     tokenizer = load_tokenizer(source, where, extra)
-    attention = family_of(config, source).attention
     dtype = dtype or (torch.float32 if "gguf_file" in extra else "auto")  # type: ignore[assignment]
     pickled = Path(where).is_dir() and not extra and not shard_paths(Path(where))
     no_pickles = " (of .bin files only tensors are unpickled; take the model's safetensors files)" if pickled else ""
     with one_line(f"{source} cannot be loaded{no_pickles}"):
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, with output_loading_info
             where,
-            config=own_attention(config, attention),
+            config=config,  # read from its place once more, config.json's own attention would win over the one asked for
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=family_of(config, source).attention,
             output_loading_info=True,
             trust_remote_code=False,
             **weight_arguments(extra),
@@ -101,14 +100,14 @@ def open_model(
     """(adapter, tokenizer, the model's files).  Layers are read when they are asked for, if the model is in
     safetensors files; one of another kind (GGUF, .bin) is loaded whole.  dtype and errors as for `load_model`."""
     where, extra = locate(source)
-    folder, commit = (Path(where), None) if extra else fetch(where)
-    where = str(folder)
-    if extra or not shard_paths(folder):
+    folder, commit = fetch(where)
+    where, paths = str(folder), [] if extra else shard_paths(folder)
+    if not paths:
         own = [folder / extra["gguf_file"]] if extra else [*sorted(folder.glob("*.bin")), folder / "config.json"]
         files = ModelFiles.now(own, commit)
         model, tokenizer = load_model(files.place, dtype=dtype, device=device)
         return ModelAdapter(model.requires_grad_(False)), tokenizer, files
-    files = ModelFiles.now((*shard_paths(folder), folder / "config.json"), commit)
+    files = ModelFiles.now((*paths, folder / "config.json"), commit)
     config = load_config(source, where, extra)
     tokenizer = load_tokenizer(source, where, extra)
     shards, experts = Shards(folder), family_of(config, source).experts
@@ -160,16 +159,6 @@ def load_config(source: str, where: str, extra: dict[str, str]) -> PretrainedCon
         raise ValueError(
             f"{source} is quantized already ({method}); give the original, or where that is it, dequantize it first"
         )
-    return config
-
-
-def own_attention(config: PretrainedConfig, attention: str) -> PretrainedConfig:
-    """The same config, whose attention is that one whatever its file says.
-
-    A model that is loaded by its place alone takes what config.json has as `_attn_implementation`, also where another one is
-    asked for; and where that is the name of a repository of kernels, transformers downloads and runs it.
-    """
-    config._attn_implementation = attention
     return config
 
 
